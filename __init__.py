@@ -1,0 +1,139 @@
+"""Diffusion features of satellite images: extract once, then fit and evaluate from a shared store.
+
+    import satdifuser
+
+    store = satdifuser.extract({"kind": "folder", "root": "eurosat"}, "embedded", "eurosat.zarr")
+    store = satdifuser.open_store("eurosat.zarr")   # any time later, on any machine
+    store.tiles                                     # pandas table of the tiles
+    store.pooled(timestep=61, layer="up_blocks.1.*attn1")   # xarray (tile, channel)
+    run = satdifuser.fit(store, fusion="global")
+    run.metrics
+
+Importing is quick: torch, diffusers and zarr load when they are needed.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from satdifuser.fuse.run_folder import Run
+    from satdifuser.store.reader import FeatureStore
+
+__version__ = version("satdifuser")
+__all__ = ["extract", "fit", "open_run", "open_store"]
+
+
+def open_store(path: str | Path) -> FeatureStore:
+    """Open a feature store for reading.
+
+    Args:
+        path: Its folder.
+
+    Returns:
+        The store; printing it shows what it holds.
+
+    Raises:
+        StoreError: there is no store, or one of a newer format, or its metadata is damaged.
+    """
+    from satdifuser.store.reader import open_store
+
+    return open_store(path)
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a fitted run.
+
+    Args:
+        path: Its folder.
+
+    Raises:
+        RunError: it holds no finished run.
+    """
+    from satdifuser.fuse.run_folder import open_run
+
+    return open_run(Path(path))
+
+
+def extract(
+    source: dict[str, Any],
+    backbone: str | dict[str, Any],
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    extract: dict[str, Any] | None = None,
+    store: dict[str, Any] | None = None,
+) -> FeatureStore:
+    """Write the features of a source's tiles to a store, or go on where an earlier call stopped.
+
+    Args:
+        source: The `source` section of a pipeline file, e.g. ``{"kind": "folder", "root": "eurosat"}``.
+        backbone: ``embedded``, a diffusers folder or hub id, or a whole `backbone` section.
+        out: The store's folder.
+        overwrite: Replace a store that is there.
+        extract: The `extract` section, e.g. ``{"timesteps": [1, 101], "noising": "inversion"}``.
+        store: The `store` section, e.g. ``{"encoding": "float16"}``.
+
+    Returns:
+        The complete store.
+
+    Raises:
+        SettingsError: naming every wrong setting at once.
+        SatDiFuserError: bad input; whatever was committed stays.
+    """
+    from satdifuser.extract.job import Job
+    from satdifuser.extract.run import extract as run_extraction
+    from satdifuser.pipeline import validate_settings
+
+    sections = {
+        "source": source,
+        "backbone": {"model": backbone} if isinstance(backbone, str) else backbone,
+        "extract": extract or {},
+        "store": store or {},
+    }
+    settings = validate_settings(sections, "satdifuser.extract")
+    job = Job(settings.source, settings.backbone, settings.extract, settings.store)
+    return run_extraction(job, Path(out), overwrite)
+
+
+def fit(
+    store: FeatureStore | str | Path,
+    fusion: str = "global",
+    seed: int = 0,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Run:
+    """Train one fusion on a store and measure it on the test split.
+
+    Args:
+        store: A store or its folder.
+        fusion: global, localized or moe.
+        seed: Of initial weights, batch order and dropout.
+        out: The run's folder; None for ``runs/FUSION-seedSEED`` beside the store.
+        overwrite: Train anew whatever is at `out`.
+        settings: Fields of the `fit` section, e.g. ``epochs=10, lr=0.003``.
+
+    Returns:
+        The run; ``run.metrics`` holds validation and test figures with intervals.
+
+    Raises:
+        SettingsError: naming every wrong setting at once.
+        StoreError: shards are missing, or a split is empty.
+        RunError: another run is at `out`.
+    """
+    from satdifuser.evaluate.evaluation import evaluate_run, measure
+    from satdifuser.fuse.train import fit as train
+    from satdifuser.pipeline import validate_settings
+    from satdifuser.store.reader import FeatureStore
+
+    opened = store if isinstance(store, FeatureStore) else open_store(store)
+    pipeline = validate_settings({"fit": {"fusion": [fusion], "seeds": [seed], **settings}}, "satdifuser.fit")
+    folder = Path(out) if out else opened.path.parent / "runs" / f"{fusion}-seed{seed}"
+    run = train(opened, pipeline.fit, pipeline.fit.fusion[0], seed, folder, measure, overwrite)
+    if overwrite or not (folder / "metrics.json").is_file():
+        evaluate_run(folder, opened.path, pipeline.evaluate)
+    return run

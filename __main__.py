@@ -1,0 +1,5 @@
+"""``python -m satdifuser`` is the command line."""
+
+from satdifuser.cli import main
+
+main()

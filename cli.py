@@ -1,0 +1,223 @@
+"""The command line: one command per stage, thin; each imports what it needs when it runs.
+
+stdout is data, everything else goes to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage or settings,
+130 interrupted (and resumable).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from satdifuser.errors import SatDiFuserError
+
+if TYPE_CHECKING:
+    from satdifuser.pipeline import Pipeline
+
+
+class _Failure(click.ClickException):
+    """An error already explained to the user, with its exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {self.message}", err=True, file=file)
+
+
+class _Commands(click.Group):
+    """Turns the package's errors into a message and an exit code, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SatDiFuserError as error:
+            raise _Failure(str(error), error.exit_code) from error
+        except BrokenPipeError:
+            raise  # click ends quietly when the reader of a pipe has gone
+        except OSError as error:
+            raise _Failure(str(error), 1) from error
+        except KeyboardInterrupt as error:
+            raise _Failure("interrupted; the same command goes on where this one stopped", 130) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="satdifuser")
+def cli() -> None:
+    """Diffusion features of satellite images: extract once, then fit, evaluate and map from the store."""
+
+
+def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of every command that reads a pipeline file."""
+    command = click.option(
+        "--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable."
+    )(command)
+    return click.option(
+        "-c",
+        "--config",
+        type=click.Path(path_type=Path),
+        help="Pipeline file.  [default: the packaged pipeline.yaml]",
+    )(command)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
+store_argument = click.argument("store", type=click.Path(path_type=Path))
+
+
+def _load(config: Path | None, overrides: tuple[str, ...]) -> Pipeline:
+    from satdifuser.pipeline import load_pipeline
+
+    return load_pipeline(config, overrides)
+
+
+@cli.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Output folder, in place of `output`.")
+@overwrite_option
+def run(config: Path | None, overrides: tuple[str, ...], out: Path | None, overwrite: bool) -> None:
+    """Run all stages of a pipeline file: extract, fit, evaluate, report."""
+    from satdifuser.pipeline import run_pipeline
+
+    pipeline = _load(config, overrides)
+    if out is not None:
+        pipeline = pipeline.model_copy(update={"output": out})
+    summary = run_pipeline(pipeline, overwrite)
+    click.echo(summary)
+
+
+@cli.command()
+@pipeline_options
+@json_option
+def tiles(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """List the tiles a source yields; the first thing to run on your own images."""
+    from satdifuser.extract.listing import describe_tiles, format_tile
+
+    pipeline = _load(config, overrides)
+    for line in describe_tiles(pipeline.source):
+        click.echo(json.dumps(line) if as_json else format_tile(line))
+
+
+@cli.command()
+@pipeline_options
+@click.option("--all", "show_all", is_flag=True, help="Also the layers that extract.layers leaves out.")
+@json_option
+def layers(config: Path | None, overrides: tuple[str, ...], show_all: bool, as_json: bool) -> None:
+    """List the backbone's tapped layers: name, channels, stride, map size."""
+    from satdifuser.extract.listing import describe_layers
+
+    pipeline = _load(config, overrides)
+    table = describe_layers(pipeline.source, pipeline.backbone, pipeline.extract, show_all)
+    if as_json:
+        click.echo(json.dumps([layer.model_dump() for layer in table]))
+        return
+    width = max(len(layer.name) for layer in table)
+    click.echo(f"{'layer':{width}}  channels  stride  height x width")
+    for layer in table:
+        click.echo(
+            f"{layer.name:{width}}  {layer.channels:8d}  {layer.stride:6d}  {layer.height} x {layer.width}"
+        )
+
+
+@cli.command()
+@pipeline_options
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The store's folder, e.g. eurosat.zarr.")
+@overwrite_option
+def extract(config: Path | None, overrides: tuple[str, ...], out: Path | None, overwrite: bool) -> None:
+    """Write the features of a source's tiles to a store, or go on where an earlier run stopped."""
+    from satdifuser.extract.job import Job
+    from satdifuser.extract.run import extract as run_extraction
+
+    pipeline = _load(config, overrides)
+    job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
+    store = run_extraction(job, out or pipeline.store_path, overwrite)
+    click.echo(store)
+
+
+@cli.command()
+@store_argument
+@pipeline_options
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the runs.")
+@overwrite_option
+def fit(
+    store: Path, config: Path | None, overrides: tuple[str, ...], out: Path | None, overwrite: bool
+) -> None:
+    """Train every fusion of fit.fusion with every seed of fit.seeds on a store."""
+    from satdifuser.evaluate.report import format_table, results_table
+    from satdifuser.pipeline import fit_all
+    from satdifuser.store.reader import open_store
+
+    pipeline = _load(config, overrides)
+    runs = fit_all(open_store(store), pipeline, out or pipeline.output / "runs", overwrite)
+    click.echo(format_table(results_table(runs)))
+
+
+@cli.command()
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("store", required=False, type=click.Path(path_type=Path))
+@pipeline_options
+@json_option
+def evaluate(
+    run_folder: Path, store: Path | None, config: Path | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Measure a run on the test split of its store, or of another one with the same features."""
+    from satdifuser.evaluate.evaluation import evaluate_run, format_metrics
+
+    metrics = evaluate_run(run_folder, store, _load(config, overrides).evaluate)
+    click.echo(json.dumps(metrics) if as_json else format_metrics(run_folder, metrics))
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+def report(runs: tuple[Path, ...], out: Path) -> None:
+    """Write one self-contained HTML page about some runs."""
+    from satdifuser.pipeline import report_runs
+
+    click.echo(report_runs(list(runs), out))
+
+
+@cli.group()
+def store() -> None:
+    """Look after feature stores."""
+
+
+@store.command()
+@store_argument
+@json_option
+def info(store: Path, as_json: bool) -> None:
+    """Say what a store holds and how it was made."""
+    from satdifuser.store.reader import open_store
+    from satdifuser.store.summary import describe_store, format_store
+
+    opened = open_store(store)
+    click.echo(json.dumps(describe_store(opened)) if as_json else format_store(opened))
+
+
+@store.command()
+@store_argument
+@click.option("--deep", is_flag=True, help="Also read every byte: hash all files, recompute all digests.")
+@json_option
+@click.pass_context
+def verify(ctx: click.Context, store: Path, deep: bool, as_json: bool) -> None:
+    """Check a store against its own records; exit 1 where anything is wrong."""
+    from satdifuser.store.reader import open_store
+    from satdifuser.store.verify import verify as check
+
+    problems = check(open_store(store), deep)
+    if as_json:
+        click.echo(json.dumps({"ok": not problems, "deep": deep, "problems": problems}))
+    else:
+        click.echo("\n".join(problems) or f"{store}: whole{' (every byte checked)' if deep else ''}")
+    ctx.exit(1 if problems else 0)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli.main(prog_name="satdifuser")

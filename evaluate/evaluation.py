@@ -1,0 +1,203 @@
+"""Measures runs: predictions of a split become metrics with intervals, kept beside the run.
+
+    metrics.json          metrics on val (for choosing) and on the evaluated split (for reporting)
+    predictions.parquet   one row per tile
+    masks.npz             segmentation only: some tiles' masks, for pictures
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from satdifuser.errors import RunError
+from satdifuser.evaluate.intervals import classification_intervals, segmentation_intervals
+from satdifuser.evaluate.metrics import classification_metrics, confusion_matrix, segmentation_metrics
+from satdifuser.evaluate.settings import EvaluateSettings
+from satdifuser.fuse.data import MapLoader
+from satdifuser.fuse.run_folder import Run, open_run
+from satdifuser.fuse.train import Prediction, labelled, load_network, predict
+from satdifuser.store.files import write_durably
+from satdifuser.store.reader import FeatureStore, Indices, open_store
+from satdifuser.store.schema import differing_fields
+
+
+@dataclass
+class Outcome:
+    """What became of the tiles of a split, gathered batch by batch.
+
+    Classification keeps (N,) targets and (N, classes) probabilities; segmentation keeps (N, classes, classes)
+    confusion counts and the masks of the first `kept_masks` tiles.
+    """
+
+    task: str
+    classes: int
+    ignore_value: int
+    kept_masks: int = 0
+    targets: list[NDArray[np.int64]] = field(default_factory=list)
+    probabilities: list[NDArray[np.float32]] = field(default_factory=list)
+    confusions: list[NDArray[np.int64]] = field(default_factory=list)
+    masks: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = field(default_factory=list)
+
+    def add(self, probabilities: NDArray[np.float32], targets: NDArray[np.int64]) -> None:
+        """Take in the predictions of some tiles, see `satdifuser.fuse.train.Prediction`."""
+        if self.task == "classification":
+            self.targets.append(targets)
+            self.probabilities.append(probabilities)
+            return
+        for predicted, target in zip(probabilities.argmax(1), targets, strict=True):
+            self.confusions.append(confusion_matrix(target, predicted, self.classes, self.ignore_value))
+            if len(self.masks) < self.kept_masks:
+                self.masks.append((predicted.astype(np.uint8), target.astype(np.uint8)))
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics over all tiles."""
+        if self.task == "classification":
+            return classification_metrics(np.concatenate(self.targets), np.concatenate(self.probabilities))
+        return segmentation_metrics(np.sum(self.confusions, axis=0))
+
+    def intervals(self, settings: EvaluateSettings) -> dict[str, list[float]]:
+        """Bootstrap intervals of the metrics over the tiles."""
+        chance = (settings.bootstrap, settings.seed, settings.level)
+        if self.task == "classification":
+            targets, probabilities = np.concatenate(self.targets), np.concatenate(self.probabilities)
+            return classification_intervals(targets, probabilities, *chance)
+        return segmentation_intervals(np.stack(self.confusions), *chance)
+
+    def table(self, tile_ids: list[str], split: str) -> pd.DataFrame:
+        """One row per tile."""
+        table = pd.DataFrame({"tile_id": tile_ids, "split": split})
+        if self.task == "classification":
+            probabilities = np.concatenate(self.probabilities)
+            table["target"] = np.concatenate(self.targets)
+            table["predicted"] = probabilities.argmax(1)
+            table["probabilities"] = list(probabilities.astype(np.float32))
+            return table
+        each = [segmentation_metrics(confusion) for confusion in self.confusions]
+        table["confusion"] = [confusion.ravel() for confusion in self.confusions]
+        table["miou"] = [metrics["miou"] for metrics in each]
+        table["pixel_accuracy"] = [metrics["pixel_accuracy"] for metrics in each]
+        return table
+
+
+def new_outcome(store: FeatureStore, kept_masks: int = 0) -> Outcome:
+    """An empty outcome for a store's task and classes."""
+    a = store.attributes
+    return Outcome(str(a.task), len(a.classes), a.ignore_value, kept_masks)
+
+
+def measure(store: FeatureStore, predictions: Iterator[Prediction]) -> dict[str, float]:
+    """Metrics of the predictions of a split."""
+    outcome = new_outcome(store)
+    for probabilities, targets in predictions:
+        outcome.add(probabilities, targets)
+    return outcome.metrics()
+
+
+def evaluate_run(folder: Path, store_path: Path | None, settings: EvaluateSettings) -> dict[str, Any]:
+    """Measure a run on one split of a store, and write what was found beside it.
+
+    Args:
+        folder: The run.
+        store_path: A store with the run's features; None for the one it was fitted on.
+        settings: Split, bootstrap, number of pictures.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        RunError: the run or the store is not there, or they do not fit each other.
+    """
+    run = open_run(folder)
+    if run.info["kind"] != "fusion":
+        raise RunError(f"{folder}: a baseline is measured when it is made; fit it again with `satdifuser run`")
+    store = open_store(store_path or Path(run.info["store"]["path"]))
+    check_features(run, store)
+    network, statistics, fit_settings = load_network(run, store)
+    rows = labelled(store, settings.split)
+    outcome = new_outcome(store, settings.pictures)
+    loader = MapLoader(store, rows, fit_settings.memory_gb * 1e9)
+    for probabilities, targets in predict(network, loader, fit_settings, statistics):
+        outcome.add(probabilities, targets)
+    best = run.info["history"][run.info["best_epoch"] - 1]
+    return write_outcome(run, store, rows, outcome, best["val"], settings)
+
+
+def check_features(run: Run, store: FeatureStore) -> None:
+    """Refuse a store whose features are not those a run was fitted on."""
+    a, info = store.attributes, run.info
+    ours = {"feature": store.hashes().feature, "timesteps": a.timesteps, "classes": a.classes, "task": a.task}
+    ours["layers"] = [layer.name for layer in a.layers]
+    theirs = {"feature": info["store"]["hashes"]["feature"]}
+    theirs |= {name: info[name] for name in ("timesteps", "classes", "task")}
+    theirs["layers"] = [layer["name"] for layer in info["layers"]]
+    if ours != theirs:
+        fields = [line.replace("store has", "run expects") for line in differing_fields(ours, theirs)]
+        raise RunError(
+            f"{store.path}: does not hold the features that {run.path} was fitted on:\n  "
+            + "\n  ".join(line.replace("asked for", "store has") for line in fields)
+        )
+
+
+def write_outcome(
+    run: Run,
+    store: FeatureStore,
+    rows: Indices,
+    outcome: Outcome,
+    val: dict[str, float],
+    settings: EvaluateSettings,
+) -> dict[str, Any]:
+    """Write metrics.json, predictions.parquet and masks.npz of a run; return the metrics."""
+    tile_ids = [str(name) for name in store.tiles.tile_id.to_numpy()[rows]]
+    buffer = io.BytesIO()
+    outcome.table(tile_ids, settings.split).to_parquet(buffer)
+    write_durably(run.path / "predictions.parquet", buffer.getvalue())
+    if outcome.masks:
+        predicted, target = (np.stack(masks) for masks in zip(*outcome.masks, strict=True))
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer, tile_id=np.array(tile_ids[: len(predicted)]), predicted=predicted, target=target
+        )
+        write_durably(run.path / "masks.npz", buffer.getvalue())
+    metrics = {
+        "task": run.info["task"],
+        "fusion": run.info["fusion"],
+        "head": run.info["head"],
+        "seed": run.info["seed"],
+        "store_fingerprint": store.hashes().feature,
+        "store_hashes": store.hashes().model_dump(),
+        "selected_on": "val",
+        "val": val,
+        settings.split: {**outcome.metrics(), "interval": outcome.intervals(settings)},
+        "test_reads": _test_reads(run) + (settings.split == "test"),
+    }
+    write_durably(run.path / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    return metrics
+
+
+def _test_reads(run: Run) -> int:
+    """How often this run's test split was read before."""
+    path = run.path / "metrics.json"
+    return int(json.loads(path.read_text()).get("test_reads", 0)) if path.is_file() else 0
+
+
+def format_metrics(folder: Path, metrics: dict[str, Any]) -> str:
+    """Metrics for reading: one line per metric, val beside each evaluated split."""
+    lines = [f"{folder}: {metrics['fusion']}, {metrics['head']} head, seed {metrics['seed']}"]
+    for split in ("val", "train", "test"):
+        values = metrics.get(split, {})
+        intervals = values.get("interval", {})
+        for name, value in values.items():
+            if name != "interval":
+                low, high = intervals.get(name, (None, None))
+                certainty = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
+                lines.append(f"  {split:5} {name:18} {value:.3f}{certainty}")
+    return "\n".join(lines)

@@ -1,0 +1,150 @@
+"""Turns a tile's raw values into what the backbone sees, by declared rules only, and describes its colours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from satdifuser.errors import ImageError, SettingsError, suggest
+from satdifuser.extract.settings import ImageSettings, Size
+from satdifuser.extract.sources.tile import Tile
+
+Floats = NDArray[np.float32]
+PERCENTILES = (5, 25, 50, 75, 95)
+COLOUR_STATISTICS = [
+    f"{band}_{name}"
+    for band in ("red", "green", "blue")
+    for name in ("mean", "std", *(f"p{p}" for p in PERCENTILES), "gradient_mean", "gradient_std")
+]
+
+
+def to_rgb(tile: Tile, settings: ImageSettings) -> Floats:
+    """Choose three bands and scale them: value * scale + offset, clipped to [0, 1].
+
+    Pixels without data take the mean colour of those with data, so that a border does not look like an
+    object.
+
+    Args:
+        tile: A tile as its source read it.
+        settings: Its bands, scale and offset.
+
+    Returns:
+        (3, H, W) float32 in [0, 1].
+
+    Raises:
+        ImageError: wrong number of bands, an undeclared scale, or a scale that saturates every pixel.
+    """
+    raw = tile.image[_band_positions(tile, settings.bands)]
+    scaled = raw.astype(np.float32) * np.float32(_scale(tile, raw, settings)) + np.float32(settings.offset)
+    valid = tile.valid & np.isfinite(scaled).all(axis=0)
+    if not valid.any():
+        raise ImageError(f"tile {tile.record.tile_id}: no pixel holds data")
+    if (scaled[:, valid] > 1).all():
+        raise ImageError(
+            f"tile {tile.record.tile_id}: value * {_scale(tile, raw, settings):g} + {settings.offset:g} is above 1 "
+            f"everywhere ({_value_range(raw)}); expected source.scale to bring values into [0, 1], e.g. 1/10000"
+        )
+    rgb = np.clip(scaled, 0, 1)
+    rgb[:, ~valid] = rgb[:, valid].mean(axis=1, keepdims=True)
+    return rgb
+
+
+def _band_positions(tile: Tile, bands: Sequence[int | str] | None) -> list[int]:
+    count, named = len(tile.image), [name for name in tile.band_names if name]
+    held = f"it has {count} bands" + (f" ({', '.join(named)})" if named else "")
+    if bands is None:
+        if count == 3:
+            return [0, 1, 2]
+        raise ImageError(
+            f"tile {tile.record.tile_id}: {held}, expected 3; name red, green and blue with "
+            "source.bands, by number from 1 or by description, e.g. [3, 2, 1]"
+        )
+    return [_band_position(tile, band, held) for band in bands]
+
+
+def _band_position(tile: Tile, band: int | str, held: str) -> int:
+    if isinstance(band, str):
+        if band not in tile.band_names:
+            hint = suggest(band, tile.band_names)
+            raise ImageError(f"tile {tile.record.tile_id}: no band {band!r} in source.bands; {held}{hint}")
+        return tile.band_names.index(band)
+    if band > len(tile.image):
+        raise ImageError(f"tile {tile.record.tile_id}: no band {band} in source.bands; {held}")
+    return band - 1
+
+
+def _scale(tile: Tile, raw: NDArray[np.generic], settings: ImageSettings) -> float:
+    if settings.scale is not None:
+        return settings.scale
+    if raw.dtype == np.uint8:
+        return 1 / 255
+    raise ImageError(
+        f"tile {tile.record.tile_id}: {raw.dtype} pixels without a declared scale ({_value_range(raw)}); set "
+        "source.scale so that value * scale + offset lies in [0, 1], e.g. 1/10000"
+    )
+
+
+def _value_range(raw: NDArray[np.generic]) -> str:
+    return f"values {np.nanmin(raw):g} to {np.nanmax(raw):g}"
+
+
+def raw_means(tile: Tile) -> list[float]:
+    """Mean raw value of every band over the pixels that hold data."""
+    return [float(band[tile.valid].mean(dtype=np.float64)) for band in tile.image]
+
+
+def colour_statistics(rgb: Floats) -> Floats:
+    """Mean, spread, percentiles and gradient statistics per band: the baseline without any network.
+
+    Args:
+        rgb: (3, H, W) float32 in [0, 1].
+
+    Returns:
+        (27,) float32, named by COLOUR_STATISTICS.
+    """
+    rows = []
+    for band in rgb:
+        down, right = np.gradient(band)
+        gradient = np.hypot(down, right)
+        rows += [band.mean(), band.std(), *np.percentile(band, PERCENTILES), gradient.mean(), gradient.std()]
+    return np.array(rows, np.float32)
+
+
+def preview(rgb: Floats) -> NDArray[np.uint8]:
+    """(3, H, W) float32 in [0, 1] to (H, W, 3) uint8."""
+    return np.rint(rgb.transpose(1, 2, 0) * 255).astype(np.uint8)
+
+
+def resolve_image_size(size: str | Size, tile_size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """The size in pixels at which the backbone sees a tile.
+
+    Args:
+        size: "auto" (the tile's own size rounded up to the stride), N, or (H, W).
+        tile_size: (H, W) px of the tiles.
+        stride: The backbone's coarsest stride, image pixels per feature pixel.
+
+    Raises:
+        SettingsError: a given size is not a multiple of the stride.
+    """
+    if size == "auto":
+        height, width = (-(-side // stride) * stride for side in tile_size)
+        return height, width
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    if height % stride or width % stride:
+        raise SettingsError(
+            f"extract.image_size: got {height} x {width}, expected multiples of the backbone's coarsest stride "
+            f"{stride}, e.g. {-(-height // stride) * stride} x {-(-width // stride) * stride}"
+        )
+    return height, width
+
+
+def resize(rgb: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (B, 3, H, W) bilinearly with antialiasing, where the size differs."""
+    if tuple(rgb.shape[-2:]) == size:
+        return rgb
+    return F.interpolate(rgb, size, mode="bilinear", antialias=True, align_corners=False)

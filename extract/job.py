@@ -1,0 +1,194 @@
+"""What one extraction consists of: its settings resolved, its layers planned, its identity written down.
+
+What could change a feature's last bits (batch, threads, dtype, device kind) is fixed when a store is
+created and taken from it afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from satdifuser.errors import SourceError
+from satdifuser.extract.backbone import Backbone, BackboneInfo, tensor_digest
+from satdifuser.extract.images import COLOUR_STATISTICS, resolve_image_size
+from satdifuser.extract.layers import select_layers
+from satdifuser.extract.noising import SEED_RULE, check_timesteps, resolve_timesteps
+from satdifuser.extract.settings import (
+    BackboneSettings,
+    ExtractSettings,
+    ImageSettings,
+    SourceSettings,
+    image_settings,
+)
+from satdifuser.extract.sources.tile import Source, TileRecord
+from satdifuser.store.reader import FeatureStore, is_store
+from satdifuser.store.schema import (
+    Attributes,
+    Hashes,
+    LayerInfo,
+    auto_tiles_per_shard,
+    canonical_hash,
+    contents_hash,
+)
+from satdifuser.store.settings import StoreSettings
+
+CPU_BATCH, GPU_BATCH = 8, 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that one extraction needs, resolved and checked."""
+
+    source_settings: SourceSettings
+    backbone_settings: BackboneSettings
+    settings: ExtractSettings
+    store: StoreSettings
+
+    @property
+    def images(self) -> ImageSettings:
+        """How raw values become RGB."""
+        return image_settings(self.source_settings)
+
+
+def fix_automatic(job: Job, out: Path, overwrite: bool) -> Job:
+    """Replace ``auto`` by what the store at `out` was begun with, or by this machine's values."""
+    begun = FeatureStore(out).attributes.feature_identity if is_store(out) and not overwrite else {}
+    device = job.backbone_settings.device
+    if device == "auto":
+        device = str(begun.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    batch, threads = job.settings.batch_size, job.settings.threads
+    if batch == "auto":
+        batch = begun.get("batch_size") or (GPU_BATCH if device.startswith("cuda") else CPU_BATCH)
+    if threads == "auto":
+        threads = begun.get("threads") or os.cpu_count() or 1
+    settings = job.settings.model_copy(update={"batch_size": batch, "threads": threads})
+    backbone = job.backbone_settings.model_copy(update={"device": device})
+    return Job(job.source_settings, backbone, settings, job.store)
+
+
+def tile_size(records: Sequence[TileRecord]) -> tuple[int, int]:
+    """The one (H, W) size in pixels of all tiles.
+
+    Raises:
+        SourceError: sizes differ.
+    """
+    first = records[0]
+    for record in records:
+        if record.size != first.size:
+            raise SourceError(
+                f"tile {record.tile_id}: is {record.size[0]} x {record.size[1]} px, but {first.tile_id} is "
+                f"{first.size[0]} x {first.size[1]}; all tiles of a store have one size: set source.tile_size"
+            )
+    return first.size
+
+
+def plan_layers(
+    job: Job, info: BackboneInfo, size: tuple[int, int]
+) -> tuple[tuple[int, int], list[LayerInfo]]:
+    """Image size and tapped layers of a job, from the backbone's configuration alone."""
+    image_size = resolve_image_size(job.settings.image_size, size, info.coarsest_stride)
+    layers = select_layers(info.layers(image_size), job.settings.layers)
+    timesteps = resolve_timesteps(job.settings.timesteps)
+    check_timesteps(timesteps, job.settings.noising, info.train_steps, job.settings.steps, info.steps_offset)
+    return image_size, layers
+
+
+def new_attributes(
+    job: Job,
+    source: Source,
+    records: Sequence[TileRecord],
+    backbone: Backbone,
+    image_size: tuple[int, int],
+    layers: list[LayerInfo],
+) -> Attributes:
+    """What a new store will declare about itself."""
+    timesteps = resolve_timesteps(job.settings.timesteps)
+    per_shard = job.store.tiles_per_shard
+    if per_shard == "auto":
+        per_shard = auto_tiles_per_shard(layers, len(timesteps), job.store.encoding, len(records))
+    identity = _feature_identity(job, backbone, image_size, tile_size(records))
+    ids = [record.tile_id for record in records]
+    planned = Hashes(
+        feature=canonical_hash(identity),
+        contents=contents_hash(ids, timesteps, layers),
+        labels=canonical_hash([list(source.classes), [[r.tile_id, r.split, r.label] for r in records]]),
+    )
+    return Attributes(
+        store_id=uuid.uuid4().hex,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        software=_software(),
+        task=source.task,
+        classes=list(source.classes),
+        ignore_value=source.ignore_value,
+        tiles=len(records),
+        left_out=source.left_out,
+        tile_size=tile_size(records),
+        tiles_per_shard=min(per_shard, len(records)),
+        timesteps=timesteps,
+        layers=layers,
+        encoding=job.store.encoding,
+        previews=job.store.previews,
+        colour_statistics=COLOUR_STATISTICS,
+        backbone={"model": backbone.info.name, "weights_sha256": backbone.weights_digest},
+        feature_identity=identity,
+        planned=planned,
+        settings=settings_dict(job),
+    )
+
+
+def settings_dict(job: Job) -> dict[str, Any]:
+    """The resolved settings of a job as plain JSON values, by section."""
+    return {
+        "source": job.source_settings.model_dump(mode="json"),
+        "backbone": job.backbone_settings.model_dump(mode="json"),
+        "extract": job.settings.model_dump(mode="json"),
+        "store": job.store.model_dump(mode="json"),
+    }
+
+
+def _feature_identity(
+    job: Job, backbone: Backbone, image_size: tuple[int, int], size: tuple[int, int]
+) -> dict[str, Any]:
+    """Everything that shapes one feature value; its hash is the store's `feature` hash."""
+    settings = job.settings
+    names = ("noising", "steps", "draws", "seed", "latent", "prediction", "batch_size", "threads")
+    scheduler = backbone.info.scheduler.config
+    betas = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "steps_offset",
+        "prediction_type",
+    )
+    return {
+        "weights": backbone.weights_digest,
+        "prompt_embedding": tensor_digest(backbone.prompt),
+        "scheduler": {name: scheduler[name] for name in betas},
+        **{name: getattr(settings, name) for name in names},
+        "seed_rule": SEED_RULE,
+        "images": {
+            **job.images.model_dump(include={"bands", "scale", "offset"}),
+            "tile_size": list(size),
+            "image_size": list(image_size),
+            "resize": "bilinear, antialiased",
+        },
+        "dtype": job.backbone_settings.dtype,
+        "device": backbone.device.type,
+        "encoding": job.store.encoding,
+    }
+
+
+def _software() -> dict[str, str]:
+    names = ("satdifuser", "torch", "diffusers", "zarr", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}

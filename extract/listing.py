@@ -1,0 +1,93 @@
+"""What `satdifuser tiles` and `satdifuser layers` print: a look before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from satdifuser.errors import ImageError
+from satdifuser.extract.backbone import find_backbone
+from satdifuser.extract.images import raw_means, resolve_image_size, to_rgb
+from satdifuser.extract.job import tile_size
+from satdifuser.extract.layers import select_layers
+from satdifuser.extract.settings import (
+    BackboneSettings,
+    ExtractSettings,
+    SourceSettings,
+    image_settings,
+)
+from satdifuser.extract.sources import list_tiles, open_source
+from satdifuser.extract.sources.tile import Source, Tile
+from satdifuser.store.schema import LayerInfo
+
+
+def describe_tiles(settings: SourceSettings) -> Iterator[dict[str, Any]]:
+    """Read every tile of a source and describe it.
+
+    Yields:
+        tile_id, path, split, size (H, W) px, bands, target summary, raw_means of all bands, prepared_means of
+        red, green and blue in [0, 1], bounds, crs, date, valid_share, padded; or an ``error`` in place of
+        what could not be read where ``on_error`` is skip.
+    """
+    source = open_source(settings)
+    images = image_settings(settings)
+    for record in list_tiles(source):
+        place = record.georeference
+        line: dict[str, Any] = {
+            "tile_id": record.tile_id,
+            "path": record.path,
+            "split": record.split,
+            "size": list(record.size),
+            "bounds": list(place.bounds(*record.size)) if place else None,
+            "crs": place.crs if place else None,
+            "date": record.date or None,
+            "padded": record.padded,
+        }
+        try:
+            tile = source.read(record)
+            prepared = to_rgb(tile, images)
+        except ImageError as error:
+            if images.on_error == "fail":
+                raise
+            yield line | {"error": str(error)}
+            continue
+        yield line | {
+            "target": _target(source, tile),
+            "valid_share": float(tile.valid.mean()),
+            "bands": len(tile.image),
+            "raw_means": raw_means(tile),
+            "prepared_means": [float(mean) for mean in prepared.mean(axis=(1, 2), dtype=np.float64)],
+        }
+
+
+def _target(source: Source, tile: Tile) -> Any:
+    """A class name, the share of each class in a mask, or None."""
+    if tile.mask is not None:
+        values, counts = np.unique(tile.mask, return_counts=True)
+        names = {i: name for i, name in enumerate(source.classes)} | {source.ignore_value: "ignored"}
+        return {names[int(v)]: round(int(n) / tile.mask.size, 6) for v, n in zip(values, counts, strict=True)}
+    return None if tile.record.label is None else source.classes[tile.record.label]
+
+
+def format_tile(line: dict[str, Any]) -> str:
+    """One line of the human-readable list."""
+    start = f"{line['tile_id']:40} {line['split']:5} {line['size'][0]} x {line['size'][1]}"
+    if "error" in line:
+        return f"{start}  SKIPPED: {line['error']}"
+    means = " ".join(f"{mean:.3f}" for mean in line["prepared_means"])
+    target = line["target"]
+    if isinstance(target, dict):
+        target = ", ".join(f"{name} {share:.0%}" for name, share in target.items())
+    return f"{start}  rgb {means}  {target or '-'}{'  padded' if line['padded'] else ''}"
+
+
+def describe_layers(
+    source: SourceSettings, backbone: BackboneSettings, extract: ExtractSettings, show_all: bool
+) -> list[LayerInfo]:
+    """The layer table for a source's tiles: what the patterns select, or all that can be tapped."""
+    info = find_backbone(backbone)
+    size = tile_size(list_tiles(open_source(source)))
+    table = info.layers(resolve_image_size(extract.image_size, size, info.coarsest_stride))
+    return table if show_all else select_layers(table, extract.layers)

@@ -1,0 +1,121 @@
+"""How a latent reaches the noise levels at which features are read (DESIGN: SatDiFuser, ICCV 2025, section 3).
+
+`inversion` walks the deterministic DDIM trajectory backwards (Song et al. 2021, arXiv 2010.02502, eq. 12
+with eta = 0); `forward` draws the closed-form marginal (Ho et al. 2020, arXiv 2006.11239, eq. 4).
+A timestep of -1 stands for the clean latent, where the cumulative product of alphas is 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from satdifuser.errors import BackboneError, SettingsError
+
+CLEAN = -1
+PRESETS = {"released": [21, 61, 161], "paper": [1, 101, 201]}
+SEED_RULE = "sha256(seed:tile_id:purpose:draw) -> Philox -> standard normal float32"
+
+
+def resolve_timesteps(timesteps: Sequence[int] | str) -> list[int]:
+    """Look up a preset's timesteps, or take the given ones in ascending order without repeats."""
+    return PRESETS[timesteps] if isinstance(timesteps, str) else sorted(set(timesteps))
+
+
+def inversion_grid(train_steps: int, steps: int, offset: int) -> list[int]:
+    """The timesteps that DDIM inversion feeds to the network, in order.
+
+    Args:
+        train_steps: Noise levels of the scheduler, usually 1000.
+        steps: Inversion steps N over the whole schedule.
+        offset: The scheduler's ``steps_offset``.
+
+    Returns:
+        -1 and the first N - 1 of the N leading-spaced timesteps: for 1000, 50, 1: -1, 1, 21, 41, …, 961.
+    """
+    spacing = train_steps // steps
+    return [CLEAN, *(i * spacing + offset for i in range(steps - 1))]
+
+
+def check_timesteps(
+    timesteps: Sequence[int], noising: str, train_steps: int, steps: int, offset: int
+) -> None:
+    """Refuse timesteps that the noising cannot reach.
+
+    Raises:
+        SettingsError: naming the nearest ones that it can.
+    """
+    if not timesteps:
+        raise SettingsError("extract.timesteps: got an empty list, expected at least one timestep")
+    if noising == "forward":
+        wrong = [t for t in timesteps if not 0 <= t < train_steps]
+        if wrong:
+            raise SettingsError(
+                f"extract.timesteps: got {wrong}, expected values from 0 to {train_steps - 1}"
+            )
+        return
+    grid = inversion_grid(train_steps, steps, offset)
+    for t in timesteps:
+        if t not in grid:
+            nearest = sorted(sorted(grid, key=lambda g: abs(g - t))[:2])
+            raise SettingsError(
+                f"extract.timesteps: {t} is not on the inversion grid of extract.steps {steps} "
+                f"({grid[0]}, {grid[1]}, {grid[2]}, … {grid[-1]}); nearest: {nearest[0]} and {nearest[-1]}"
+            )
+
+
+def alpha_bar(alphas: Tensor, t: int) -> Tensor:
+    """Cumulative product of alphas at a timestep, () float64; 1 at the clean latent."""
+    return alphas.new_ones(()) if t == CLEAN else alphas[t]
+
+
+def split_prediction(output: Tensor, x: Tensor, alpha: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """Read a network's output as (x0, epsilon).
+
+    Args:
+        output: What the network returned for x, (B, c, h, w).
+        x: Its noisy input.
+        alpha: Cumulative product of alphas at the input's noise level.
+        prediction_type: ``epsilon``, or ``v_prediction`` (Salimans & Ho 2022, arXiv 2202.00512).
+    """
+    signal, noise = alpha.sqrt().to(x.dtype), (1 - alpha).sqrt().to(x.dtype)
+    if prediction_type == "epsilon":
+        return (x - noise * output) / signal, output
+    if prediction_type == "v_prediction":
+        return signal * x - noise * output, signal * output + noise * x
+    raise BackboneError(
+        f"the scheduler's prediction_type is {prediction_type!r}, expected epsilon or v_prediction"
+    )
+
+
+def invert_step(x: Tensor, output: Tensor, alpha: Tensor, alpha_next: Tensor, prediction_type: str) -> Tensor:
+    """One DDIM inversion step: x at alpha to x at alpha_next."""
+    x0, epsilon = split_prediction(output, x, alpha, prediction_type)
+    return alpha_next.sqrt().to(x.dtype) * x0 + (1 - alpha_next).sqrt().to(x.dtype) * epsilon
+
+
+def add_noise(z0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
+    """The forward marginal at one noise level: sqrt(alpha) z0 + sqrt(1 - alpha) noise."""
+    return alpha.sqrt().to(z0.dtype) * z0 + (1 - alpha).sqrt().to(z0.dtype) * noise
+
+
+def tile_noise(seed: int, tile_id: str, purpose: str, draw: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise that depends on (seed, tile_id, purpose, draw) only.
+
+    Args:
+        seed: The job's seed.
+        tile_id: The tile.
+        purpose: ``noise`` or ``latent``, so that the two never coincide.
+        draw: Index of the draw.
+        shape: Shape of the result.
+
+    Returns:
+        float32 on the CPU, the same whatever batch, worker or device uses it.
+    """
+    digest = hashlib.sha256(f"{seed}:{tile_id}:{purpose}:{draw}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))

@@ -1,0 +1,136 @@
+"""Settings of sources, backbone and extraction. Every field is explained in pipeline.yaml."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+
+from satdifuser.store.settings import Settings
+
+
+def parse_scale(value: Any) -> Any:
+    """Read "1/4095" as a number; leave anything else to the model."""
+    if isinstance(value, str) and "/" in value:
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError("expected a number or a fraction such as 1/4095") from error
+    return value
+
+
+Scale = Annotated[float, BeforeValidator(parse_scale), Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Size = PositiveInt | tuple[PositiveInt, PositiveInt]
+
+
+class SplitShares(Settings):
+    """Shares of a seeded random split."""
+
+    train: Share = 0.6
+    val: Share = 0.2
+    test: Share = 0.2
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def check_sum(self) -> SplitShares:
+        if abs(self.train + self.val + self.test - 1) > 1e-6:
+            raise ValueError(f"train + val + test must be 1, got {self.train + self.val + self.test:g}")
+        return self
+
+
+class ImageSettings(Settings):
+    """How raw pixel values become RGB in [0, 1]: value * scale + offset of three bands."""
+
+    bands: list[PositiveInt | str] | None = Field(None, min_length=3, max_length=3)
+    scale: Scale | None = None
+    offset: float = 0.0
+    on_error: Literal["fail", "skip"] = "fail"
+
+
+class FolderSettings(ImageSettings):
+    """Images in one folder per class."""
+
+    kind: Literal["folder"]
+    root: Path
+    splits: Path | None = None
+    split_column: str = "split"
+    split: SplitShares = SplitShares()
+    tile_size: Size | None = None
+    pad: bool = False
+
+
+class PairsSettings(ImageSettings):
+    """Images with index masks of the same size."""
+
+    kind: Literal["pairs"]
+    root: Path
+    splits: Path | None = None
+    split_column: str = "split"
+    classes: Path | None = None
+    tile_size: Size = 256
+    min_valid: Share = 0.5
+    pad: bool = False
+
+
+class ScenesSettings(ImageSettings):
+    """Georeferenced rasters cut into a grid of tiles."""
+
+    kind: Literal["scenes"]
+    root: Path
+    tile_size: Size = 256
+    overlap: NonNegativeInt = 0
+    min_valid: Share = 0.5
+    nodata: float | None = None
+    labels: Path | None = None
+    classes: Path | None = None
+    split: SplitShares = SplitShares()
+    pad: bool = False
+
+
+class SyntheticSettings(Settings):
+    """Generated land-cover scenes: no data needed."""
+
+    kind: Literal["synthetic"] = "synthetic"
+    task: Literal["classification", "segmentation"] = "classification"
+    tiles: PositiveInt = 900
+    tile_size: Size = 64
+    seed: NonNegativeInt = 0
+    split: SplitShares = SplitShares()
+
+
+SourceSettings = Annotated[
+    FolderSettings | PairsSettings | ScenesSettings | SyntheticSettings, Field(discriminator="kind")
+]
+
+
+def image_settings(source: Settings) -> ImageSettings:
+    """How a source's raw values become RGB; generated scenes are plain 8-bit RGB."""
+    return source if isinstance(source, ImageSettings) else ImageSettings()
+
+
+class BackboneSettings(Settings):
+    """Which frozen diffusion model, and how it runs."""
+
+    model: str = "embedded"
+    prompt: str = "A satellite image"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str = "auto"
+
+
+class ExtractSettings(Settings):
+    """Which features are taken from the backbone."""
+
+    layers: list[str] = Field(["up_blocks.*.attn1", "up_blocks.*.conv2"], min_length=1)
+    timesteps: list[int] | Literal["released", "paper"] = "released"
+    noising: Literal["forward", "inversion"] = "forward"
+    steps: PositiveInt = 50
+    draws: PositiveInt = 1
+    latent: Literal["mode", "sample"] = "mode"
+    prediction: Literal["scheduler", "epsilon"] = "scheduler"
+    image_size: Literal["auto"] | Size = "auto"
+    seed: NonNegativeInt = 0
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    threads: PositiveInt | Literal["auto"] = "auto"

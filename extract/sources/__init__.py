@@ -1,0 +1,65 @@
+"""Sources of tiles: where images, targets and splits come from. `open_source` is the way in."""
+
+from __future__ import annotations
+
+from satdifuser.errors import SourceError
+from satdifuser.extract.settings import (
+    FolderSettings,
+    PairsSettings,
+    ScenesSettings,
+    SourceSettings,
+    SyntheticSettings,
+)
+from satdifuser.extract.sources.folder import FolderSource
+from satdifuser.extract.sources.pairs import PairsSource
+from satdifuser.extract.sources.scenes import ScenesSource
+from satdifuser.extract.sources.splits import check_records
+from satdifuser.extract.sources.synthetic import SyntheticSource
+from satdifuser.extract.sources.tile import Georeference, Source, Tile, TileRecord
+
+__all__ = ["Georeference", "Source", "Tile", "TileRecord", "list_tiles", "open_source"]
+
+
+def open_source(settings: SourceSettings) -> Source:
+    """Open the source that the settings describe.
+
+    Raises:
+        SettingsError: settings contradict each other.
+        SourceError: the root, the splits file or the class list is missing or wrong.
+    """
+    if isinstance(settings, SyntheticSettings):
+        return SyntheticSource(settings)
+    check_root(settings)
+    match settings:
+        case FolderSettings():
+            return FolderSource(settings)
+        case PairsSettings():
+            return PairsSource(settings)
+        case ScenesSettings():
+            return ScenesSource(settings)
+
+
+def check_root(settings: FolderSettings | PairsSettings | ScenesSettings) -> None:
+    """Raise SourceError unless the root is there: a folder, or for scenes a file."""
+    if settings.root.is_dir() or (settings.kind == "scenes" and settings.root.is_file()):
+        return
+    expected = "a GeoTIFF or a folder of them" if settings.kind == "scenes" else "a folder"
+    raise SourceError(
+        f"source.root: {settings.root} is missing or of another kind; expected {expected}, "
+        "its path seen from the working folder"
+    )
+
+
+def list_tiles(source: Source) -> list[TileRecord]:
+    """List all tiles of a source and check the list as a whole.
+
+    Returns:
+        Records in the source's stable order.
+
+    Raises:
+        SourceError: there are no tiles, two share an id, or a split that was asked for is empty.
+        ImageError: an image cannot be opened or does not fit, unless such tiles are skipped.
+    """
+    records = list(source.records())
+    check_records(records, source)
+    return records

@@ -1,0 +1,86 @@
+"""What every source of tiles yields: the one small protocol between images and extraction.
+
+A source lists its tiles without reading a pixel (`TileRecord`), then reads them one at a time (`Tile`).
+Shapes: B bands, H and W pixels of the tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Split = Literal["train", "val", "test", "none"]
+Task = Literal["classification", "segmentation"]
+
+
+@dataclass(frozen=True)
+class Georeference:
+    """Where a tile lies: CRS as text (``EPSG:32633`` or WKT) and affine transform, pixel to CRS units.
+
+    ``transform`` is (a, b, c, d, e, f) as rasterio orders it: x = a*col + b*row + c, y = d*col + e*row + f.
+    """
+
+    crs: str
+    transform: tuple[float, float, float, float, float, float]
+
+    def bounds(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """Return (left, bottom, right, top) in CRS units of a (height, width) px grid, rotated or not."""
+        a, b, c, d, e, f = self.transform
+        corners = [(0, 0), (width, 0), (0, height), (width, height)]
+        xs = [a * col + b * row + c for col, row in corners]
+        ys = [d * col + e * row + f for col, row in corners]
+        return min(xs), min(ys), max(xs), max(ys)
+
+
+@dataclass(frozen=True)
+class TileRecord:
+    """What is known of a tile before a pixel is read."""
+
+    tile_id: str
+    path: str  # image file as the user would name it; "" where there is none
+    split: Split
+    size: tuple[int, int]  # (H, W) px of the tile as yielded, padding included
+    label: int | None = None  # class index; None for segmentation and unlabelled tiles
+    window: tuple[int, int, int, int] | None = None  # (row, col, height, width) px in the file, clipped to it
+    mask_path: str = ""
+    georeference: Georeference | None = None
+    date: str = ""  # ISO 8601, "" where unknown
+    valid_share: float = 1.0  # share of the tile's pixels that hold data
+    padded: bool = False
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One image patch: raw values as stored in the file, with what is known of it."""
+
+    record: TileRecord
+    image: NDArray[np.generic]  # (B, H, W), the file's own dtype and scale, bands not yet chosen
+    valid: NDArray[np.bool_]  # (H, W), False where there is no data or padding
+    mask: NDArray[np.uint8] | None = None  # (H, W) class indices, the source's ignore value elsewhere
+    band_names: tuple[str, ...] = field(default=())  # descriptions of the B bands, "" where unknown
+
+
+class Source(Protocol):
+    """Where tiles come from."""
+
+    task: Task | None  # None where there are no targets
+    classes: tuple[str, ...]  # class names by index
+    ignore_value: int  # value of `Tile.mask` that counts for nothing
+    left_out: int  # candidate tiles left out for too little valid data
+    splits: tuple[Split, ...]  # splits that were asked for, so each must hold a tile
+
+    def records(self) -> Sequence[TileRecord]:
+        """List all tiles in a stable order, reading no pixels beyond validity masks."""
+        ...
+
+    def read(self, record: TileRecord) -> Tile:
+        """Read one tile.
+
+        Raises:
+            ImageError: the image or mask cannot be read or does not fit.
+        """
+        ...

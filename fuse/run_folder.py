@@ -1,0 +1,123 @@
+"""A run: one fitted network in a folder, with all that is needed to understand and use it again.
+
+    settings.yaml        the resolved settings
+    run.json             what was fitted on which store, with the history of its training
+    model.safetensors    weights, and the feature statistics they expect
+    checkpoint.pt        only while training is unfinished
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors.numpy import load_file, save
+
+from satdifuser.errors import RunError
+from satdifuser.fuse.data import Statistics
+from satdifuser.store.files import write_durably
+
+RUN_FILE, MODEL_FILE, SETTINGS_FILE, CHECKPOINT_FILE = (
+    "run.json",
+    "model.safetensors",
+    "settings.yaml",
+    "checkpoint.pt",
+)
+STATISTICS_PREFIX = "statistics."
+
+
+@dataclass(frozen=True)
+class Run:
+    """A fitted run on disk; ``info`` is its run.json."""
+
+    path: Path
+    info: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Its metrics.json.
+
+        Raises:
+            RunError: the run has not been evaluated.
+        """
+        path = self.path / "metrics.json"
+        if not path.is_file():
+            raise RunError(f"{self.path}: has no metrics.json; run `satdifuser evaluate {self.path}`")
+        metrics: dict[str, Any] = json.loads(path.read_text())
+        return metrics
+
+
+def open_run(path: Path) -> Run:
+    """Open a run folder.
+
+    Raises:
+        RunError: it holds no finished run.
+    """
+    if not path.is_dir():
+        raise RunError(f"{path}: no such run folder")
+    if not (path / RUN_FILE).is_file():
+        hint = "; its training is unfinished" if (path / CHECKPOINT_FILE).is_file() else ""
+        raise RunError(f"{path}: not a run (no {RUN_FILE}){hint}; make one with `satdifuser fit`")
+    try:
+        return Run(path, json.loads((path / RUN_FILE).read_text()))
+    except ValueError as error:
+        raise RunError(f"{path / RUN_FILE}: is damaged: {error}") from error
+
+
+def save_run(
+    path: Path,
+    info: dict[str, Any],
+    settings: dict[str, Any],
+    state: dict[str, torch.Tensor] | None = None,
+    statistics: Statistics | None = None,
+) -> Run:
+    """Write a run; run.json last, so that a run counts only once it is whole."""
+    path.mkdir(parents=True, exist_ok=True)
+    write_durably(path / SETTINGS_FILE, yaml.safe_dump(settings, sort_keys=False).encode())
+    if state is not None:
+        arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in state.items()}
+        for group, (mean, spread) in (statistics or {}).items():
+            arrays[f"{STATISTICS_PREFIX}{group}.mean"] = mean
+            arrays[f"{STATISTICS_PREFIX}{group}.spread"] = spread
+        write_durably(path / MODEL_FILE, save(arrays))
+    write_durably(path / RUN_FILE, (json.dumps(info, indent=1) + "\n").encode())
+    return Run(path, info)
+
+
+def load_weights(run: Run) -> tuple[dict[str, torch.Tensor], Statistics | None]:
+    """Read a run's state dict and feature statistics.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        arrays = load_file(run.path / MODEL_FILE)
+    except Exception as error:  # safetensors has an error class of its own for each fault
+        raise RunError(f"{run.path / MODEL_FILE}: cannot read the weights: {error}") from error
+    kept = {name: arrays.pop(name) for name in list(arrays) if name.startswith(STATISTICS_PREFIX)}
+    groups = {name.split(".")[1] for name in kept}
+    statistics = {
+        g: (kept[f"{STATISTICS_PREFIX}{g}.mean"], kept[f"{STATISTICS_PREFIX}{g}.spread"]) for g in groups
+    }
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, statistics or None
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write the state of an unfinished training."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_durably(path / CHECKPOINT_FILE, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any] | None:
+    """Read the state of an unfinished training; None where there is none."""
+    if not (path / CHECKPOINT_FILE).is_file():
+        return None
+    state: dict[str, Any] = torch.load(path / CHECKPOINT_FILE, weights_only=True)
+    return state

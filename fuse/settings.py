@@ -1,0 +1,90 @@
+"""Settings of fusion, head and training. Every field is explained in pipeline.yaml."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from satdifuser.errors import SettingsError
+from satdifuser.store.settings import Settings
+
+FusionName = Literal["global", "localized", "moe"]
+HeadName = Literal["linear", "upernet"]
+Task = Literal["classification", "multilabel", "segmentation"]
+
+
+def check_norm_groups(projection: int, norm_groups: int) -> None:
+    """Refuse group norms that do not fit the bottlenecks, whose inner width is P/4.
+
+    Raises:
+        SettingsError: If P is no multiple of 4, or the groups do not divide P/4.
+    """
+    if projection % 4:
+        raise SettingsError(f"projection is {projection}, but must be a multiple of 4, such as 96 or 384")
+    narrow = projection // 4
+    if narrow % norm_groups:
+        valid = ", ".join(str(n) for n in range(1, narrow + 1) if narrow % n == 0)
+        raise SettingsError(
+            f"norm_groups is {norm_groups}, but must divide the projection {projection} and its quarter "
+            f"{narrow}: choose one of {valid}"
+        )
+
+
+def check_top_k(top_k: int, experts: int) -> None:
+    """Refuse a choice of more experts than there are.
+
+    Raises:
+        SettingsError: If ``top_k`` is not within 1 and ``experts``.
+    """
+    if not 1 <= top_k <= experts:
+        raise SettingsError(f"top_k is {top_k}, but must be 1 to {experts}, the number of experts")
+
+
+class FitSettings(Settings):
+    """Which networks are trained from a store, and how."""
+
+    task: Task | Literal["auto"] = "auto"
+    fusion: list[FusionName] = Field(["global", "localized", "moe"], min_length=1)
+    head: HeadName | Literal["auto"] = "auto"
+    projection: PositiveInt | Literal["auto"] = "auto"
+    norm_groups: PositiveInt | Literal["auto"] = "auto"
+    experts: PositiveInt = 8
+    top_k: PositiveInt = 2
+    warmup_steps: NonNegativeInt = 100
+    epochs: PositiveInt = 40
+    batch_size: PositiveInt = 32
+    lr: PositiveFloat = 0.01
+    warmup_epochs: NonNegativeInt = 5
+    warmup_lr: PositiveFloat = 2e-5
+    final_lr: PositiveFloat = 1e-5
+    weight_decay: NonNegativeFloat = 0.0
+    patience: PositiveInt = 10
+    seeds: list[NonNegativeInt] = Field([0], min_length=1)
+    normalise: bool = True
+    memory_gb: NonNegativeFloat = 4.0
+    device: str = "auto"
+
+    @field_validator("fusion", "seeds")
+    @classmethod
+    def check_unique(cls, values: list[Any]) -> list[Any]:
+        twice = [str(value) for value, count in Counter(values).items() if count > 1]
+        if twice:
+            raise ValueError(f"name each value once, got {', '.join(twice)} twice or more")
+        return values
+
+    @model_validator(mode="after")
+    def check_widths(self) -> FitSettings:
+        check_top_k(self.top_k, self.experts)
+        if self.projection != "auto":
+            check_norm_groups(self.projection, 1 if self.norm_groups == "auto" else self.norm_groups)
+        return self

@@ -1,0 +1,247 @@
+"""Composes the rooms' settings into one pipeline file, and runs its stages one after the other.
+
+The stages import torch and the rest when they run: reading settings stays quick.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+
+from satdifuser.errors import SettingsError, suggest
+from satdifuser.evaluate.settings import EvaluateSettings
+from satdifuser.extract.settings import (
+    BackboneSettings,
+    ExtractSettings,
+    SourceSettings,
+    SyntheticSettings,
+)
+from satdifuser.fuse.settings import FitSettings
+from satdifuser.store.settings import Settings, StoreSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from satdifuser.evaluate.report import ReportStore
+    from satdifuser.store.reader import FeatureStore
+
+PACKAGED = "pipeline.yaml"
+
+
+class Pipeline(Settings):
+    """Everything a pipeline file can say."""
+
+    source: SourceSettings = SyntheticSettings()
+    backbone: BackboneSettings = BackboneSettings()
+    extract: ExtractSettings = ExtractSettings()
+    store: StoreSettings = StoreSettings()
+    fit: FitSettings = FitSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    output: Path = Path("out")
+
+    @property
+    def store_path(self) -> Path:
+        """The store's folder; a relative one lies in the output folder."""
+        return self.output / self.store.path
+
+
+def load_pipeline(file: Path | None = None, overrides: Sequence[str] = ()) -> Pipeline:
+    """Read and validate a pipeline file.
+
+    Args:
+        file: The file; None for the packaged one.
+        overrides: ``a.b=c`` texts that win over the file. Another ``source.kind`` than the file's starts
+            the source block anew, since each kind has settings of its own.
+
+    Raises:
+        SettingsError: naming every wrong setting at once.
+    """
+    name = str(file) if file else f"packaged {PACKAGED}"
+    raw = _read_yaml(file, name)
+    changes = [_parse_override(text) for text in overrides]
+    _drop_foreign_source(raw, changes)
+    for path, value in changes:
+        _assign(raw, path, value)
+    return validate_settings(raw, name)
+
+
+def validate_settings(raw: Mapping[str, Any], name: str) -> Pipeline:
+    """Validate nested settings; `name` says in errors where they come from."""
+    try:
+        return Pipeline.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(_describe(error, raw, name)) from None
+
+
+def _read_yaml(file: Path | None, name: str) -> dict[str, Any]:
+    try:
+        text = file.read_text() if file else (files("satdifuser") / PACKAGED).read_text()
+        raw = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise SettingsError(f"{name}: no such pipeline file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise SettingsError(f"{name}: not a readable YAML file: {error}") from error
+    if not isinstance(raw, dict | None):
+        raise SettingsError(f"{name}: got a {type(raw).__name__}, expected sections such as 'source:'")
+    return raw or {}
+
+
+def _parse_override(text: str) -> tuple[list[str], Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise SettingsError(f"--set {text}: expected section.key=value, e.g. --set extract.seed=1")
+    try:
+        return key.strip().split("."), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"--set {text}: the value is not readable YAML: {error}") from error
+
+
+def _drop_foreign_source(raw: dict[str, Any], changes: Sequence[tuple[list[str], Any]]) -> None:
+    kinds = [value for path, value in changes if path == ["source", "kind"]]
+    source = raw.get("source")
+    if kinds and isinstance(source, dict) and source.get("kind") != kinds[-1]:
+        raw["source"] = {}
+
+
+def _assign(raw: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        if not isinstance(raw.get(key), dict):
+            raw[key] = {}
+        raw = raw[key]
+    raw[path[-1]] = value
+
+
+def _describe(error: ValidationError, raw: Mapping[str, Any], name: str) -> str:
+    rules: dict[str, tuple[str, list[str]]] = {}
+    for item in error.errors():
+        path = ".".join(map(str, _user_path(item["loc"], raw)))
+        shown = "" if item["type"] == "missing" else f" = {item['input']!r}"
+        _, texts = rules.setdefault(path, (shown, []))
+        texts.append(_rule(item))
+    lines = [f"  {path}{shown}: {' or '.join(dict.fromkeys(texts))}" for path, (shown, texts) in rules.items()]
+    count = "1 setting is" if len(lines) == 1 else f"{len(lines)} settings are"
+    return "\n".join([f"{name}: {count} wrong", *lines])
+
+
+def _user_path(location: Sequence[int | str], raw: Any) -> Iterator[int | str]:
+    """The keys a user would look for: without the union tags that pydantic puts between them."""
+    for place, part in enumerate(location):
+        here = isinstance(raw, Mapping) and part in raw
+        if here or (isinstance(raw, list) and isinstance(part, int)):
+            raw = raw[part] if here or int(part) < len(raw) else None
+            yield part
+        elif isinstance(raw, Mapping) and place == len(location) - 1:
+            yield part
+
+
+def _rule(item: Any) -> str:
+    if item["type"] == "extra_forbidden":
+        return f"unknown setting{suggest(str(item['loc'][-1]), _known_keys())}"
+    if item["type"] == "missing":
+        return "is missing, and has no default"
+    message: str = item["msg"]
+    return message.removeprefix("Value error, ").replace("Input should be", "expected")
+
+
+def _known_keys() -> set[str]:
+    schema = Pipeline.model_json_schema()
+    models = [schema, *schema["$defs"].values()]
+    return {key for model in models for key in model.get("properties", {})}
+
+
+def run_pipeline(pipeline: Pipeline, overwrite: bool = False) -> str:
+    """Run all stages: extract, fit every fusion and seed, measure, report.
+
+    Each stage goes on where an earlier run stopped, and does nothing where it is done.
+
+    Args:
+        pipeline: The settings.
+        overwrite: Replace what is in the output folder.
+
+    Returns:
+        The results table and the paths of what was written, for the terminal.
+    """
+    from satdifuser.evaluate.report import format_table, results_table
+    from satdifuser.extract.job import Job
+    from satdifuser.extract.run import extract
+
+    job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
+    store = extract(job, pipeline.store_path, overwrite)
+    runs = fit_all(store, pipeline, pipeline.output / "runs", overwrite)
+    page = report_runs(runs, pipeline.output / "report.html")
+    paths = {"features": store.path, "runs": pipeline.output / "runs", "report": page}
+    written = "\n".join(f"{name:9} {path}" for name, path in paths.items())
+    return f"{format_table(results_table(runs))}\n\n{written}"
+
+
+def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bool = False) -> list[Path]:
+    """Fit and measure the baselines, and every fusion with every seed; return their run folders."""
+    from satdifuser.evaluate.baselines import fit_baselines
+    from satdifuser.evaluate.evaluation import evaluate_run, measure
+    from satdifuser.fuse.train import check_task, fit
+
+    check_task(store, pipeline.fit)
+    runs = []
+    if pipeline.evaluate.baselines:
+        runs += [run.path for run in fit_baselines(store, pipeline.evaluate, folder, overwrite)]
+    for fusion in pipeline.fit.fusion:
+        for seed in pipeline.fit.seeds:
+            path = folder / f"{fusion}-seed{seed}"
+            fit(store, pipeline.fit, fusion, seed, path, measure, overwrite)
+            if overwrite or not (path / "metrics.json").is_file():
+                evaluate_run(path, store.path, pipeline.evaluate)
+            runs.append(path)
+    return runs
+
+
+def report_runs(runs: Sequence[Path], out: Path) -> Path:
+    """Write the report page of some runs, with pictures from the store of the first, where it is still there."""
+    from satdifuser.errors import StoreError
+    from satdifuser.evaluate.report import write_report
+    from satdifuser.fuse.run_folder import open_run
+    from satdifuser.store.reader import open_store
+
+    first = open_run(runs[0])
+    try:
+        store = report_store(open_store(first.info["store"]["path"]))
+    except StoreError:
+        store = None
+    command = shlex.join(["satdifuser", *sys.argv[1:]])
+    return write_report(runs, out, "Diffusion features: what they can tell apart", store, command)
+
+
+def report_store(store: FeatureStore) -> ReportStore:
+    """What the report shows of a store: facts in words, and previews by tile id."""
+    from satdifuser.evaluate.report import ReportStore
+
+    a = store.attributes
+    place = {name: row for row, name in enumerate(store.tiles.tile_id)}
+    extraction, source = a.settings["extract"], a.settings["source"]
+    facts = {
+        "source": f"{source['kind']} {source.get('root', '')}".strip(),
+        "tiles": f"{a.tiles} of {a.tile_size[0]} x {a.tile_size[1]} px",
+        "splits": ", ".join(f"{name} {count}" for name, count in store.split_counts().items()),
+        "backbone": str(a.backbone["model"]),
+        "noising": f"{extraction['noising']}, timesteps {', '.join(map(str, a.timesteps))}",
+        "layers": f"{len(a.layers)}, at {', '.join(map(str, sorted({x.stride for x in a.layers})))} px per cell",
+        "encoding": f"{a.encoding}, {store.size_bytes() / 1e6:.1f} MB",
+        "feature hash": store.hashes().feature,
+    }
+
+    def preview(tile_id: str) -> NDArray[np.uint8] | None:
+        import numpy as np
+
+        if not a.previews or tile_id not in place:
+            return None
+        picture: NDArray[np.uint8] = store.previews(np.array([place[tile_id]]))[0]
+        return picture
+
+    return ReportStore(facts, preview)

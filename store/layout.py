@@ -1,0 +1,116 @@
+"""Creates the arrays of a new store: names, shapes, chunks and codecs in one place.
+
+Every array names its dimensions (for xarray) and carries a checksum. All arrays but the commits are cut
+along the tile axis at shard borders, so that one writer owns whole files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import zarr
+
+from satdifuser.store.encoding import table_codecs, value_codecs
+from satdifuser.store.schema import Attributes, group_layers
+
+TINY_MAP_BYTES = 16 * 1024
+TEXT_FIELDS = ("tile_id", "path", "crs", "date", "skip_reason", "target_digest", "digest")
+SPLITS = ("none", "train", "val", "test")  # index = stored code
+
+
+def create_arrays(root: zarr.Group, attributes: Attributes) -> None:
+    """Create all arrays of a store, empty."""
+    _create_tiles(root, attributes)
+    _create_targets(root, attributes)
+    _create_features(root, attributes)
+    if attributes.previews:
+        shape = (*attributes.tile_size, 3)
+        _table(root, "previews/rgb", attributes, shape, "uint8", 0, ("y", "x", "rgb"))
+    root.create_array(
+        "commits",
+        shape=(attributes.shards,),
+        chunks=(1,),
+        dtype=str,
+        fill_value="",
+        compressors=table_codecs(),
+        dimension_names=("shard",),
+    )
+
+
+def _create_tiles(root: zarr.Group, attributes: Attributes) -> None:
+    for name in TEXT_FIELDS:
+        _table(root, f"tiles/{name}", attributes, (), str, "", ())
+    _table(root, "tiles/bounds", attributes, (4,), "float64", np.nan, ("bound",))
+    _table(root, "tiles/transform", attributes, (6,), "float64", np.nan, ("coefficient",))
+    _table(root, "tiles/valid_share", attributes, (), "float32", np.nan, ())
+    _table(root, "tiles/padded", attributes, (), "bool", False, ())
+    statistics = (len(attributes.colour_statistics),)
+    _table(root, "tiles/colour", attributes, statistics, "float32", np.nan, ("statistic",))
+    split = _table(root, "tiles/partitions/default", attributes, (), "uint8", 0, ())
+    split.attrs["flag_values"] = list(range(len(SPLITS)))
+    split.attrs["flag_meanings"] = " ".join(SPLITS)
+
+
+def _create_targets(root: zarr.Group, attributes: Attributes) -> None:
+    if attributes.task == "classification":
+        _table(root, "targets/label", attributes, (), "int32", -1, ())
+    elif attributes.task == "segmentation":
+        fill = attributes.ignore_value
+        mask = _table(root, "targets/mask", attributes, attributes.tile_size, "uint8", fill, ("y", "x"))
+        mask.attrs["ignore_value"] = fill
+
+
+def _create_features(root: zarr.Group, attributes: Attributes) -> None:
+    for name, positions in group_layers(attributes.layers).items():
+        first = attributes.layers[positions[0]]
+        group = root.create_group(f"features/{name}")
+        group.attrs["layers"] = [attributes.layers[p].name for p in positions]
+        group.attrs["timesteps"] = attributes.timesteps
+        group.attrs["decode"] = attributes.decode
+        _create_values(group, attributes, len(positions), (first.channels, first.height, first.width))
+        per_channel = (len(attributes.timesteps), len(positions), first.channels)
+        names = ("timestep", "layer", "channel")
+        _table(group, "pooled", attributes, per_channel, "float32", np.nan, names)
+        if attributes.encoding == "int8":
+            _table(group, "scale", attributes, per_channel, "float32", np.nan, names)
+
+
+def _create_values(
+    group: zarr.Group, attributes: Attributes, layers: int, maps: tuple[int, int, int]
+) -> None:
+    dtype = np.dtype(attributes.encoding)
+    tiny = int(np.prod(maps)) * dtype.itemsize < TINY_MAP_BYTES
+    group.create_array(
+        "values",
+        shape=(attributes.tiles, len(attributes.timesteps), layers, *maps),
+        shards=(attributes.tiles_per_shard, 1, layers, *maps),
+        chunks=(1, 1, layers if tiny else 1, *maps),
+        dtype=dtype,
+        fill_value=0 if dtype.kind == "i" else np.nan,
+        compressors=value_codecs(attributes.encoding),
+        dimension_names=("tile", "timestep", "layer", "channel", "y", "x"),
+        config={"write_empty_chunks": True},
+    )
+
+
+def _table(
+    parent: zarr.Group,
+    name: str,
+    attributes: Attributes,
+    shape: tuple[int, ...],
+    dtype: Any,
+    fill_value: Any,
+    dimensions: tuple[str, ...],
+) -> zarr.Array[Any]:
+    """Create a small array (tile, *shape) with one chunk per shard."""
+    return parent.create_array(
+        name,
+        shape=(attributes.tiles, *shape),
+        chunks=(attributes.tiles_per_shard, *shape),
+        dtype=dtype,
+        fill_value=fill_value,
+        compressors=table_codecs(),
+        dimension_names=("tile", *dimensions),
+        config={"write_empty_chunks": True},
+    )

@@ -1,0 +1,371 @@
+"""Reads a feature store: its tile table, targets, pooled features and batches of feature maps.
+
+Legend: B tiles of a batch, N tiles, T timesteps, L layers of one group, C channels, H and W feature pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from satdifuser.errors import SettingsError, StoreError, suggest
+from satdifuser.store.encoding import Floats, decode
+from satdifuser.store.layout import SPLITS, TEXT_FIELDS
+from satdifuser.store.schema import (
+    ATTRIBUTE_KEY,
+    FORMAT_VERSION,
+    Attributes,
+    Hashes,
+    bytes_per_tile,
+    canonical_hash,
+    group_layers,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+Indices = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some tiles with everything a training step needs.
+
+    ``features`` maps a group name (``stride_08``) to (B, T, L, C, H, W) float32, finest stride first;
+    ``targets`` is (B,) int32 labels, (B, H, W) uint8 masks, or None.
+    """
+
+    features: dict[str, Floats]
+    targets: NDArray[np.generic] | None
+    tile_ids: list[str]
+    indices: Indices  # rows in the store
+
+
+def is_store(path: Path) -> bool:
+    """Say whether `path` holds a feature store of any version."""
+    try:
+        return ATTRIBUTE_KEY in json.loads((path / "zarr.json").read_bytes())["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def open_store(path: str | Path) -> FeatureStore:
+    """Open a feature store for reading.
+
+    Args:
+        path: Its folder.
+
+    Raises:
+        StoreError: there is no store, or one of a newer format, or its metadata is damaged.
+    """
+    return FeatureStore(Path(path))
+
+
+class FeatureStore:
+    """A feature store on disk.
+
+    Opening reads metadata only; features are read when asked for. Methods that return features refuse a
+    store with missing shards.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.attributes = _read_attributes(path)
+        self.groups = group_layers(self.attributes.layers)
+        self._root = zarr.open_group(path, mode="r")
+
+    def __repr__(self) -> str:
+        a = self.attributes
+        splits = ", ".join(f"{count} {name}" for name, count in self.split_counts().items())
+        state = "" if not self.missing_shards() else f"\n  INCOMPLETE: {self._missing_text()}"
+        return (
+            f"<FeatureStore {self.path}>\n"
+            f"  tiles      {a.tiles} of {a.tile_size[0]} x {a.tile_size[1]} px ({splits})\n"
+            f"  targets    {a.task or 'none'}{f', {len(a.classes)} classes' if a.classes else ''}\n"
+            f"  timesteps  {a.timesteps}\n"
+            f"  layers     {len(a.layers)} at strides {sorted({x.stride for x in a.layers})}\n"
+            f"  encoding   {a.encoding}, {self.size_bytes() / 1e6:.1f} MB on disk\n"
+            f"  backbone   {a.backbone.get('model')}{state}"
+        )
+
+    # --- completeness and identity
+
+    @cached_property
+    def commits(self) -> list[dict[str, Any]]:
+        """Commit records by shard; an empty one where the shard is missing."""
+        try:
+            texts = self._read("commits")
+            return [json.loads(str(text)) if str(text) else {} for text in texts]
+        except (RuntimeError, ValueError) as error:
+            raise StoreError(f"{self.path}: a commit record is damaged ({error})") from error
+
+    def missing_shards(self) -> list[int]:
+        """Shards without a commit record."""
+        return [shard for shard, record in enumerate(self.commits) if not record]
+
+    def require_complete(self) -> None:
+        """Raise StoreError unless every shard is committed."""
+        if self.missing_shards():
+            raise StoreError(
+                f"{self.path}: {self._missing_text()}; run the same `satdifuser extract` command again to "
+                "complete it"
+            )
+
+    def _missing_text(self) -> str:
+        missing = self.missing_shards()
+        tiles = sum(np.diff(self.attributes.shard_range(shard))[0] for shard in missing)
+        named = ", ".join(map(str, missing[:5])) + ("…" if len(missing) > 5 else "")
+        return (
+            f"{len(missing)} of {self.attributes.shards} shards are missing ({tiles} tiles; shards {named})"
+        )
+
+    def hashes(self) -> Hashes:
+        """The three hashes; `labels` reads the targets' digests and partitions."""
+        planned = self.attributes.planned
+        return Hashes(feature=planned.feature, contents=planned.contents, labels=self._labels_hash())
+
+    def _labels_hash(self) -> str:
+        order = np.argsort(self._text("tile_id"))
+        partitions = {
+            name: self._read(f"tiles/partitions/{name}")[order].tolist() for name in self.partitions()
+        }
+        targets = self._text("target_digest")[order].tolist()
+        return canonical_hash([self.attributes.classes, targets, partitions])
+
+    def content_digest(self) -> str | None:
+        """SHA-256 over all tiles' digests in tile_id order; None while shards are missing."""
+        if self.missing_shards():
+            return None
+        pairs = sorted(zip(self._text("tile_id"), self._text("digest"), strict=True))
+        return hashlib.sha256("".join(f"{a}\0{b}\n" for a, b in pairs).encode()).hexdigest()
+
+    def size_bytes(self) -> int:
+        """Bytes of all committed files."""
+        return sum(size for record in self.commits for size, _ in record.get("files", {}).values())
+
+    # --- tables
+
+    @cached_property
+    def tiles(self) -> pd.DataFrame:
+        """One row per tile: id, split, label, path, place, date, valid share, colour statistics."""
+        import pandas as pd
+
+        table = pd.DataFrame({name: self._text(name) for name in TEXT_FIELDS})
+        table.insert(1, "split", np.array(SPLITS)[self._read("tiles/partitions/default")])
+        if self.attributes.task == "classification":
+            table.insert(2, "label", self._read("targets/label"))
+        bounds = self._read("tiles/bounds")
+        for column, name in enumerate(("left", "bottom", "right", "top")):
+            table[name] = bounds[:, column]
+        table["valid_share"] = self._read("tiles/valid_share")
+        table["padded"] = self._read("tiles/padded")
+        return table
+
+    def partitions(self) -> list[str]:
+        """Names of the partitions held."""
+        return sorted(name for name, _ in self._group("tiles/partitions").arrays())
+
+    def split_counts(self) -> dict[str, int]:
+        """Tiles per split, skipped tiles apart."""
+        usable = self.tiles[self.tiles.skip_reason == ""]
+        counts = usable.split.value_counts()
+        skipped = len(self.tiles) - len(usable)
+        named = {name: int(counts[name]) for name in SPLITS if name in counts}
+        return named | ({"skipped": skipped} if skipped else {})
+
+    def select(self, split: str | None = None) -> Indices:
+        """Rows of the tiles that have features, of one split or of all.
+
+        Raises:
+            StoreError: shards are missing, or the split holds no tile.
+        """
+        self.require_complete()
+        if split is not None and split not in SPLITS:
+            raise SettingsError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
+        chosen = self.tiles.skip_reason == ""
+        if split is not None:
+            chosen &= self.tiles.split == split
+        rows = np.flatnonzero(chosen)
+        if not len(rows):
+            raise StoreError(
+                f"{self.path}: no tile in split {split!r}; the store holds {self.split_counts()}"
+            )
+        return rows
+
+    def targets(self, rows: Indices) -> NDArray[np.generic] | None:
+        """Labels (B,) int32 or masks (B, H, W) uint8 of some rows; None where there are no targets."""
+        name = {"classification": "label", "segmentation": "mask", None: None}[self.attributes.task]
+        return None if name is None else self._gather(f"targets/{name}", rows)
+
+    def colour(self, rows: Indices) -> Floats:
+        """Colour statistics (B, statistic) float32 of some rows."""
+        return self._gather("tiles/colour", rows)
+
+    def previews(self, rows: Indices) -> NDArray[np.uint8]:
+        """Previews (B, H, W, 3) uint8 of some rows.
+
+        Raises:
+            StoreError: the store was written without previews.
+        """
+        if not self.attributes.previews:
+            raise StoreError(f"{self.path}: holds no previews; extract with store.previews: true")
+        return self._gather("previews/rgb", rows)
+
+    # --- features
+
+    def pooled(self, timestep: int | None = None, layer: str = "*", split: str | None = None) -> xr.DataArray:
+        """Pooled features: exact spatial means of the unencoded maps.
+
+        Args:
+            timestep: One held timestep; None concatenates all.
+            layer: A layer name or pattern; the maps of all that match are concatenated.
+            split: Only the tiles of this split.
+
+        Returns:
+            (tile, channel) float32, with coordinates tile_id, and timestep, layer of each channel.
+        """
+        import xarray as xr
+
+        rows = self.select(split)
+        steps = self._timestep_positions(timestep)
+        parts, layers, times = [], [], []
+        for group, position, name in self.layer_positions(layer):
+            block = self.pooled_group(group, rows)[:, :, position]
+            for step in steps:
+                parts.append(block[:, step])
+                layers += [name] * block.shape[-1]
+                times += [self.attributes.timesteps[step]] * block.shape[-1]
+        coordinates = {
+            "tile_id": ("tile", self._text("tile_id")[rows].astype(object)),
+            "layer": ("channel", layers),
+            "timestep": ("channel", times),
+        }
+        return xr.DataArray(np.concatenate(parts, axis=1), dims=("tile", "channel"), coords=coordinates)
+
+    def pooled_group(self, group: str, rows: Indices) -> Floats:
+        """Pooled features (B, T, L, C) float32 of one group and some rows."""
+        return self._gather(f"features/{group}/pooled", rows)
+
+    def layer_positions(self, pattern: str = "*") -> list[tuple[str, int, str]]:
+        """Layers that match a pattern, in table order: (group, index within the group, name)."""
+        where = {p: (group, i) for group, held in self.groups.items() for i, p in enumerate(held)}
+        names = [layer.name for layer in self.attributes.layers]
+        found = [(*where[p], name) for p, name in enumerate(names) if fnmatchcase(name, pattern)]
+        if not found:
+            raise SettingsError(f"layer {pattern!r} is not in {self.path}{suggest(pattern, names)}")
+        return found
+
+    def _timestep_positions(self, timestep: int | None) -> list[int]:
+        held = self.attributes.timesteps
+        if timestep is None:
+            return list(range(len(held)))
+        if timestep not in held:
+            raise SettingsError(f"timestep {timestep} is not in {self.path}; it holds {held}")
+        return [held.index(timestep)]
+
+    def maps(self, rows: Indices) -> dict[str, Floats]:
+        """Decoded feature maps of some rows: group name to (B, T, L, C, H, W) float32."""
+        self.require_complete()
+        return decode_groups(self.stored(rows))
+
+    def stored(self, rows: Indices, pooled: bool = False) -> dict[str, dict[str, NDArray[np.generic]]]:
+        """Stored values and scales of some rows, as they are kept: group name to array name to array."""
+        names = [name for name in self.array_names() if pooled or name != "pooled"]
+        return {
+            group: {name: self._gather(f"features/{group}/{name}", rows) for name in names}
+            for group in self.groups
+        }
+
+    def stored_bytes_per_tile(self) -> int:
+        """Bytes that `stored` returns for one tile."""
+        return bytes_per_tile(self.attributes.layers, len(self.attributes.timesteps), self.attributes.encoding)
+
+    def array_names(self) -> list[str]:
+        """Names of the arrays that each group holds."""
+        return ["values", "pooled"] + ["scale"] * (self.attributes.encoding == "int8")
+
+    def batches(
+        self, split: str | None = None, batch_size: int = 32, seed: int | None = None
+    ) -> Iterator[Batch]:
+        """Iterate once over the tiles of a split.
+
+        Args:
+            split: train, val, test, none; None for all.
+            batch_size: Tiles per batch; the last may be smaller.
+            seed: Shuffles with this seed; None keeps the store's order.
+        """
+        rows = self.select(split)
+        if seed is not None:
+            rows = np.random.default_rng(seed).permutation(rows)
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            ids = [str(name) for name in self._text("tile_id")[chosen]]
+            yield Batch(self.maps(chosen), self.targets(chosen), ids, chosen)
+
+    def to_xarray(self) -> xr.DataTree:
+        """The whole store as a lazy, dask-backed xarray DataTree."""
+        import xarray as xr
+
+        return xr.open_datatree(self.path, engine="zarr", consolidated=False, chunks={})
+
+    # --- raw access
+
+    def _group(self, name: str) -> zarr.Group:
+        group = self._root[name]
+        if not isinstance(group, zarr.Group):
+            raise StoreError(f"{self.path}: {name} is an array, expected a group")
+        return group
+
+    def _read(self, name: str) -> Any:
+        return self._root[name][...]  # type: ignore[index]
+
+    def _text(self, name: str) -> Any:
+        return self._read(f"tiles/{name}")
+
+    def _gather(self, name: str, rows: Indices) -> Any:
+        """Read rows in ascending runs, so that neighbours cost one request, and restore their order."""
+        array: Any = self._root[name]
+        order = np.argsort(rows, kind="stable")
+        ascending = rows[order]
+        out = np.empty((len(rows), *array.shape[1:]), array.dtype)
+        breaks = np.flatnonzero(np.diff(ascending) != 1) + 1
+        for run in np.split(np.arange(len(rows)), breaks):
+            if len(run):
+                out[order[run]] = array[int(ascending[run[0]]) : int(ascending[run[-1]]) + 1]
+        return out
+
+
+def decode_groups(encoded: dict[str, dict[str, NDArray[np.generic]]]) -> dict[str, Floats]:
+    """Decode what `FeatureStore.stored` returns."""
+    return {name: decode(arrays["values"], arrays.get("scale")) for name, arrays in encoded.items()}  # type: ignore[arg-type]
+
+
+def _read_attributes(path: Path) -> Attributes:
+    if not path.exists():
+        raise StoreError(f"{path}: no such store")
+    if not is_store(path):
+        raise StoreError(f"{path}: not a feature store (no {ATTRIBUTE_KEY!r} attributes in its zarr.json)")
+    stored = json.loads((path / "zarr.json").read_bytes())["attributes"][ATTRIBUTE_KEY]
+    version = stored.get("format_version") if isinstance(stored, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise StoreError(
+            f"{path}: format version {version} is newer than this software reads ({FORMAT_VERSION}); "
+            "update satdifuser"
+        )
+    try:
+        return Attributes.model_validate(stored)
+    except ValidationError as error:
+        places = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise StoreError(f"{path}: its attributes are damaged: {places}") from error

@@ -1,0 +1,149 @@
+"""The on-disk contract: what a feature store declares about itself, and how its parts are named.
+
+The attributes are written once, when the store is created, and never change while it is filled.
+Legend: N tiles, T timesteps, L layers of one group, C channels, H and W feature pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from satdifuser.store.settings import Encoding, Settings
+
+FORMAT_VERSION = 1
+ATTRIBUTE_KEY = "satdifuser"
+MAX_TILES_PER_SHARD = 64
+MAX_SHARD_BYTES = 512 * 10**6
+DECODE_FORMULA = (
+    "feature = values * scale (scale[tile, timestep, layer, channel]; 1 where there is no scale array)"
+)
+
+
+class LayerInfo(Settings):
+    """One tapped U-Net module: module path, channels, image pixels per feature pixel, map size."""
+
+    name: str
+    channels: PositiveInt
+    stride: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+
+
+class Hashes(Settings):
+    """What shaped the values (`feature`), what is held (`contents`) and how it is labelled (`labels`)."""
+
+    feature: str
+    contents: str
+    labels: str
+
+
+class Attributes(Settings):
+    """Everything a store declares about itself."""
+
+    format_version: Literal[1] = 1
+    store_id: str
+    created: str
+    software: dict[str, str]
+    task: Literal["classification", "segmentation"] | None
+    classes: list[str]
+    ignore_value: int
+    tiles: PositiveInt
+    left_out: NonNegativeInt
+    tile_size: tuple[PositiveInt, PositiveInt]
+    tiles_per_shard: PositiveInt
+    timesteps: list[int]
+    layers: list[LayerInfo]
+    encoding: Encoding
+    decode: str = DECODE_FORMULA
+    previews: bool
+    colour_statistics: list[str]
+    backbone: dict[str, Any]
+    feature_identity: dict[str, Any]
+    planned: Hashes
+    settings: dict[str, Any]
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.tiles // self.tiles_per_shard)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """First tile and one past the last tile of a shard."""
+        first = shard * self.tiles_per_shard
+        return first, min(first + self.tiles_per_shard, self.tiles)
+
+
+def group_layers(layers: Sequence[LayerInfo]) -> dict[str, list[int]]:
+    """Group layers whose maps share a shape, so that one array holds them.
+
+    Args:
+        layers: The layer table in its order.
+
+    Returns:
+        Group name (``stride_08``; ``stride_08_c320`` for a further width at that stride) to positions in
+        the table, finest stride first.
+    """
+    widths: dict[int, list[int]] = {}
+    groups: dict[str, list[int]] = {}
+    for layer in layers:
+        seen = widths.setdefault(layer.stride, [])
+        if layer.channels not in seen:
+            seen.append(layer.channels)
+    for position, layer in enumerate(layers):
+        name = f"stride_{layer.stride:02d}"
+        if layer.channels != widths[layer.stride][0]:
+            name += f"_c{layer.channels}"
+        groups.setdefault(name, []).append(position)
+    return dict(sorted(groups.items(), key=lambda item: (layers[item[1][0]].stride, item[1][0])))
+
+
+def canonical_hash(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def contents_hash(tile_ids: Sequence[str], timesteps: Sequence[int], layers: Sequence[LayerInfo]) -> str:
+    """The `contents` hash: tiles x timesteps x layers, in order."""
+    names = [layer.name for layer in layers]
+    return canonical_hash({"tiles": list(tile_ids), "timesteps": list(timesteps), "layers": names})
+
+
+def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Name every leaf in which two nested mappings differ, as ``a.b: theirs, now ours``."""
+    mine, other = _flatten(ours), _flatten(theirs)
+    return [
+        f"{key}: store has {other.get(key, 'nothing')!r}, asked for {mine.get(key, 'nothing')!r}"
+        for key in sorted(mine.keys() | other.keys())
+        if mine.get(key) != other.get(key)
+    ]
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            leaves |= _flatten(item, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = item
+    return leaves
+
+
+def bytes_per_tile(layers: Sequence[LayerInfo], timesteps: int, encoding: Encoding) -> int:
+    """Uncompressed bytes that one tile's maps, scales and pooled features take."""
+    width = {"float32": 4, "float16": 2, "int8": 1}[encoding]
+    per_channel = 4 if encoding != "int8" else 8  # pooled, and a scale where values need one
+    values = sum(layer.channels * layer.height * layer.width for layer in layers)
+    channels = sum(layer.channels for layer in layers)
+    return timesteps * (values * width + channels * per_channel)
+
+
+def auto_tiles_per_shard(layers: Sequence[LayerInfo], timesteps: int, encoding: Encoding, tiles: int) -> int:
+    """At most 64 tiles and at most 512 MB over all arrays, never more than there are tiles."""
+    fitting = MAX_SHARD_BYTES // bytes_per_tile(layers, timesteps, encoding)
+    return max(1, min(MAX_TILES_PER_SHARD, fitting, tiles))

@@ -1,0 +1,59 @@
+"""Describes a store to people and programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from satdifuser.store.reader import FeatureStore
+
+
+def describe_store(store: FeatureStore) -> dict[str, Any]:
+    """Everything `satdifuser store info` tells, as plain JSON values.
+
+    ``content_digest`` is null while shards are missing.
+    """
+    a = store.attributes
+    tiles = store.tiles
+    skipped = tiles[tiles.skip_reason != ""]
+    return {
+        "path": str(store.path),
+        "format_version": a.format_version,
+        "store_id": a.store_id,
+        "created": a.created,
+        "software": a.software,
+        "complete": not store.missing_shards(),
+        "shards": a.shards,
+        "missing_shards": store.missing_shards(),
+        "tiles": a.tiles,
+        "tile_size": list(a.tile_size),
+        "left_out": a.left_out,
+        "skipped": dict(zip(skipped.tile_id, skipped.skip_reason, strict=True)),
+        "splits": store.split_counts(),
+        "task": a.task,
+        "classes": a.classes,
+        "timesteps": a.timesteps,
+        "layers": [layer.model_dump() for layer in a.layers],
+        "encoding": a.encoding,
+        "bytes": store.size_bytes(),
+        "backbone": a.backbone,
+        "hashes": store.hashes().model_dump(),
+        "content_digest": store.content_digest(),
+        "feature_identity": a.feature_identity,
+        "settings": a.settings,
+    }
+
+
+def format_store(store: FeatureStore) -> str:
+    """The same for reading: summary, layer table, hashes, skipped tiles."""
+    facts = describe_store(store)
+    lines = [repr(store), "", f"{'layer':58} channels  stride  map"]
+    lines += [
+        f"{layer.name:58} {layer.channels:8d}  {layer.stride:6d}  {layer.height} x {layer.width}"
+        for layer in store.attributes.layers
+    ]
+    lines += ["", f"created    {facts['created']} by satdifuser {facts['software'].get('satdifuser')}"]
+    lines += [f"{name:10} {value}" for name, value in facts["hashes"].items()]
+    lines += [f"digest     {facts['content_digest'] or 'none: shards are missing'}"]
+    lines += [f"left out   {facts['left_out']} tiles with too little valid data"] * bool(facts["left_out"])
+    lines += [f"skipped    {name}: {reason}" for name, reason in facts["skipped"].items()]
+    return "\n".join(lines)

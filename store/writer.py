@@ -1,0 +1,211 @@
+"""Writes a store shard by shard: data first, each file made durable, the commit record last.
+
+A shard counts only once its commit record exists, so a process may die at any moment and the next one
+goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from satdifuser.errors import StoreError
+from satdifuser.store.encoding import Floats, tile_digests
+from satdifuser.store.files import DurableStore, remove_orphans, sync_folder
+from satdifuser.store.layout import SPLITS, create_arrays
+from satdifuser.store.reader import FeatureStore, is_store
+from satdifuser.store.schema import ATTRIBUTE_KEY, Attributes, differing_fields
+
+Encoded = dict[str, dict[str, NDArray[np.generic]]]  # group to array name to (B, ...)
+NAN4, NAN6 = (float("nan"),) * 4, (float("nan"),) * 6
+
+
+@dataclass(frozen=True)
+class TileRow:
+    """All that a store keeps of one tile beside its features."""
+
+    tile_id: str
+    split: str
+    path: str = ""
+    crs: str = ""
+    date: str = ""
+    bounds: tuple[float, float, float, float] = NAN4
+    transform: tuple[float, float, float, float, float, float] = NAN6
+    valid_share: float = float("nan")
+    padded: bool = False
+    skip_reason: str = ""  # why the tile has no features; "" where it has
+    colour: Floats | None = None  # (statistic,)
+    target: NDArray[np.generic] | None = None  # () int32 label or (H, W) uint8 mask
+    preview: NDArray[np.uint8] | None = None  # (H, W, 3)
+
+
+def create_store(path: Path, attributes: Attributes) -> None:
+    """Create an empty store: all metadata or nothing, whenever the process dies."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.creating")
+    try:
+        root = zarr.create_group(DurableStore(partial), zarr_format=3)
+        create_arrays(root, attributes)
+        root.attrs[ATTRIBUTE_KEY] = attributes.model_dump(mode="json")
+        partial.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise _write_error(path, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_or_create(path: Path, attributes: Attributes, overwrite: bool) -> StoreWriter:
+    """Open the store at `path` to go on with it, or create it.
+
+    Raises:
+        StoreError: something else is at `path`, or a store made with other settings.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.creating"):
+        shutil.rmtree(stale, ignore_errors=True)
+    if path.exists() and not is_store(path):
+        raise StoreError(f"{path}: exists and is not a feature store; choose another output path")
+    if path.exists() and overwrite:
+        shutil.rmtree(path)
+    if path.exists():
+        _check_same(path, attributes)
+    else:
+        create_store(path, attributes)
+    return StoreWriter(path)
+
+
+def _check_same(path: Path, attributes: Attributes) -> None:
+    existing = FeatureStore(path).attributes
+    if existing.planned == attributes.planned:
+        return
+    fields = differing_fields(attributes.feature_identity, existing.feature_identity)
+    for name in ("timesteps", "layers", "tiles"):
+        if getattr(existing, name) != getattr(attributes, name):
+            fields.append(f"{name}: {_brief(existing, name)}, asked for {_brief(attributes, name)}")
+    listing = ["the tiles' ids, splits or labels differ"] if not fields else []
+    raise StoreError(
+        f"{path}: this store was made with other settings:\n  "
+        + "\n  ".join(fields + listing)
+        + "\nwrite to another path, or replace the store with --overwrite"
+    )
+
+
+def _brief(attributes: Attributes, name: str) -> str:
+    value = getattr(attributes, name)
+    return f"{len(value)} layers" if name == "layers" else str(value)
+
+
+class StoreWriter:
+    """Fills a store; the only writer of its shards."""
+
+    def __init__(self, path: Path) -> None:
+        remove_orphans(path)
+        self._files = DurableStore(path)
+        self._root = zarr.open_group(self._files, mode="r+")
+        self._store = FeatureStore(path)
+        self.attributes = self._store.attributes
+
+    def missing_shards(self) -> list[int]:
+        """Shards without a commit record."""
+        return self._store.missing_shards()
+
+    def write_shard(
+        self, shard: int, rows: Sequence[TileRow], batches: Sequence[Encoded], note: Mapping[str, Any]
+    ) -> int:
+        """Write one whole shard and commit it.
+
+        Args:
+            shard: Its index.
+            rows: One per tile of the shard.
+            batches: Encoded features which together cover the tiles that are not skipped, in order.
+            note: Facts to keep in the commit record.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            StoreError: the disk is full or refuses the write; committed shards are untouched.
+        """
+        self._files.forget()
+        try:
+            self._write_data(shard, rows, batches)
+            self._files.sync_folders()
+            files = dict(self._files.written)
+            self._commit(shard, {"shard": shard, "files": files, **note})
+        except OSError as error:
+            raise _write_error(Path(self._files.root), error, shard) from error
+        return sum(size for size, _ in files.values())
+
+    def _write_data(self, shard: int, rows: Sequence[TileRow], batches: Sequence[Encoded]) -> None:
+        here = slice(*self.attributes.shard_range(shard))
+        present = np.array([not row.skip_reason for row in rows])
+        groups: Encoded = {}
+        for group in self._store.groups:
+            groups[group] = {}
+            for name in self._store.array_names():
+                array = self._array(f"features/{group}/{name}")
+                block = np.full((len(rows), *array.shape[1:]), array.fill_value, array.dtype)
+                if present.any():
+                    block[present] = np.concatenate([batch[group][name] for batch in batches])
+                array[here] = groups[group][name] = block
+        self._write_tiles(here, rows)
+        self._write_targets(here, rows)
+        self._array("tiles/digest")[here] = _texts(np.where(present, tile_digests(groups), ""))
+
+    def _write_tiles(self, here: slice, rows: Sequence[TileRow]) -> None:
+        for name in ("tile_id", "path", "crs", "date", "skip_reason"):
+            self._array(f"tiles/{name}")[here] = _texts(getattr(row, name) for row in rows)
+        for name in ("bounds", "transform", "valid_share", "padded"):
+            self._array(f"tiles/{name}")[here] = np.array([getattr(row, name) for row in rows])
+        missing = np.full(len(self.attributes.colour_statistics), np.nan, np.float32)
+        colour = [missing if row.colour is None else row.colour for row in rows]
+        self._array("tiles/colour")[here] = np.stack(colour)
+        codes = [SPLITS.index(row.split) for row in rows]
+        self._array("tiles/partitions/default")[here] = np.array(codes, np.uint8)
+        if self.attributes.previews:
+            empty = np.zeros((*self.attributes.tile_size, 3), np.uint8)
+            previews = [empty if row.preview is None else row.preview for row in rows]
+            self._array("previews/rgb")[here] = np.stack(previews)
+
+    def _write_targets(self, here: slice, rows: Sequence[TileRow]) -> None:
+        name = {"classification": "label", "segmentation": "mask", None: None}[self.attributes.task]
+        if name is not None:
+            array = self._array(f"targets/{name}")
+            blank = np.full(array.shape[1:], array.fill_value, array.dtype)
+            array[here] = np.stack([blank if row.target is None else row.target for row in rows])
+        self._array("tiles/target_digest")[here] = _texts(
+            "" if row.target is None else hashlib.sha256(row.target.tobytes()).hexdigest() for row in rows
+        )
+
+    def _commit(self, shard: int, record: Mapping[str, Any]) -> None:
+        self._files.forget()
+        self._array("commits")[shard : shard + 1] = _texts([json.dumps(record, sort_keys=True)])
+        self._files.sync_folders()
+
+    def _array(self, name: str) -> Any:
+        return self._root[name]
+
+
+def _texts(items: Any) -> NDArray[Any]:
+    return np.array(list(items), dtype=np.dtypes.StringDType())
+
+
+def _write_error(path: Path, error: OSError, shard: int | None = None) -> StoreError:
+    where = f"{path}" if shard is None else f"{path}: shard {shard}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(
+            f"{where}: the disk is full; committed shards are kept: free some space and run the same "
+            "command again"
+        )
+    return StoreError(f"{where}: cannot write: {error}")
