@@ -126,7 +126,7 @@ def _describe(error: ValidationError, raw: Mapping[str, Any], name: str) -> str:
         shown = "" if item["type"] == "missing" else f" = {item['input']!r}"
         _, texts = rules.setdefault(path, (shown, []))
         texts.append(_rule(item))
-    lines = [f"  {path}{shown}: {' or '.join(dict.fromkeys(texts))}" for path, (shown, texts) in rules.items()]
+    lines = [f"  {p}{shown}: {' or '.join(dict.fromkeys(texts))}" for p, (shown, texts) in rules.items()]
     count = "1 setting is" if len(lines) == 1 else f"{len(lines)} settings are"
     return "\n".join([f"{name}: {count} wrong", *lines])
 
@@ -203,7 +203,7 @@ def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bo
 
 
 def report_runs(runs: Sequence[Path], out: Path) -> Path:
-    """Write the report page of some runs, with pictures from the store of the first, where it is still there."""
+    """Write the report page of some runs, with pictures from their store where it is still there."""
     from satdifuser.errors import StoreError
     from satdifuser.evaluate.report import write_report
     from satdifuser.fuse.run_folder import open_run
@@ -225,13 +225,14 @@ def report_store(store: FeatureStore) -> ReportStore:
     a = store.attributes
     place = {name: row for row, name in enumerate(store.tiles.tile_id)}
     extraction, source = a.settings["extract"], a.settings["source"]
+    strides = ", ".join(map(str, sorted({layer.stride for layer in a.layers})))
     facts = {
         "source": f"{source['kind']} {source.get('root', '')}".strip(),
         "tiles": f"{a.tiles} of {a.tile_size[0]} x {a.tile_size[1]} px",
         "splits": ", ".join(f"{name} {count}" for name, count in store.split_counts().items()),
         "backbone": str(a.backbone["model"]),
         "noising": f"{extraction['noising']}, timesteps {', '.join(map(str, a.timesteps))}",
-        "layers": f"{len(a.layers)}, at {', '.join(map(str, sorted({x.stride for x in a.layers})))} px per cell",
+        "layers": f"{len(a.layers)}, at {strides} px per cell",
         "encoding": f"{a.encoding}, {store.size_bytes() / 1e6:.1f} MB",
         "feature hash": store.hashes().feature,
     }

@@ -28,7 +28,12 @@ from tqdm import tqdm
 
 from satdifuser.errors import RunError
 from satdifuser.evaluate.evaluation import new_outcome, write_outcome
-from satdifuser.evaluate.metrics import MAIN_METRIC, classification_metrics, confusion_matrix, segmentation_metrics
+from satdifuser.evaluate.metrics import (
+    MAIN_METRIC,
+    classification_metrics,
+    confusion_matrix,
+    segmentation_metrics,
+)
 from satdifuser.evaluate.samples import (
     PIXELS_PER_TILE,
     TILES_PER_READ,
@@ -77,14 +82,17 @@ class LinearProbe:
         bias = np.full(self.classes, -np.inf, np.float32)
         coefficients, intercept = self.model.coef_, self.model.intercept_
         if len(self.model.classes_) == 2:  # one row stands for the second class
-            coefficients, intercept = np.vstack([-coefficients, coefficients]) / 2, np.array([-1, 1]) * intercept / 2
+            coefficients = np.vstack([-coefficients, coefficients]) / 2
+            intercept = np.array([-1, 1]) * intercept / 2
         scaled = coefficients / self.scaler.scale_
         weight[:, self.model.classes_] = scaled.T
         bias[self.model.classes_] = intercept - scaled @ self.scaler.mean_
         return weight, bias
 
 
-def fit_baselines(store: FeatureStore, settings: EvaluateSettings, folder: Path, overwrite: bool) -> list[Run]:
+def fit_baselines(
+    store: FeatureStore, settings: EvaluateSettings, folder: Path, overwrite: bool
+) -> list[Run]:
     """Fit and measure all baselines; those already there for this store are kept.
 
     Args:
@@ -93,7 +101,8 @@ def fit_baselines(store: FeatureStore, settings: EvaluateSettings, folder: Path,
         folder: Each baseline becomes the run `folder/baseline-NAME`.
         overwrite: Fit them anew.
     """
-    runs, samples = [], {}
+    runs: list[Run] = []
+    samples: dict[str, Samples] = {}
     for name in tqdm(NAMES, desc="baselines", unit="baseline", disable=None):
         path = folder / f"baseline-{name}"
         identity = {"store": store.hashes().model_dump(), "evaluate": settings.model_dump(mode="json")}

@@ -1,8 +1,8 @@
 """Measures runs: predictions of a split become metrics with intervals, kept beside the run.
 
-    metrics.json          metrics on val (for choosing) and on the evaluated split (for reporting)
-    predictions.parquet   one row per tile
-    masks.npz             segmentation only: some tiles' masks, for pictures
+metrics.json          metrics on val (for choosing) and on the evaluated split (for reporting)
+predictions.parquet   one row per tile
+masks.npz             segmentation only: some tiles' masks, for pictures
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Outcome:
             table["probabilities"] = list(probabilities.astype(np.float32))
             return table
         each = [segmentation_metrics(confusion) for confusion in self.confusions]
-        table["confusion"] = [confusion.ravel() for confusion in self.confusions]
+        table["confusion"] = pd.Series([confusion.ravel() for confusion in self.confusions], dtype=object)
         table["miou"] = [metrics["miou"] for metrics in each]
         table["pixel_accuracy"] = [metrics["pixel_accuracy"] for metrics in each]
         return table
@@ -118,7 +118,7 @@ def evaluate_run(folder: Path, store_path: Path | None, settings: EvaluateSettin
     """
     run = open_run(folder)
     if run.info["kind"] != "fusion":
-        raise RunError(f"{folder}: a baseline is measured when it is made; fit it again with `satdifuser run`")
+        raise RunError(f"{folder}: a baseline is measured when it is made; run `satdifuser fit` again")
     store = open_store(store_path or Path(run.info["store"]["path"]))
     check_features(run, store)
     network, statistics, fit_settings = load_network(run, store)

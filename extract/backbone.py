@@ -185,11 +185,21 @@ def resolve_device(device: str) -> torch.device:
 
 def _load(model_class: Any, folder: Path) -> Any:
     try:
-        model = model_class.from_pretrained(
-            folder, torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False
+        model, report = model_class.from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
     except Exception as error:  # diffusers raises many kinds; the cause is kept
         raise BackboneError(f"{folder}: cannot load the weights: {error}") from error
+    absent = sorted(report["missing_keys"])
+    if absent:  # diffusers would leave them at random values
+        raise BackboneError(
+            f"{folder}: the weights lack {len(absent)} tensors that config.json asks for, e.g. {absent[0]}; "
+            "expected a complete checkpoint of this model"
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -197,7 +207,8 @@ def _prompt(info: BackboneInfo, prompt: str) -> Tensor:
     """Hidden states of all the prompt's tokens, or the backbone's own fixed embedding."""
     fixed = info.folder / PROMPT_FILE
     if fixed.is_file():
-        return load_file(fixed)["hidden_states"]
+        embedding: Tensor = load_file(fixed)["hidden_states"]
+        return embedding
     tokenizer = transformers.CLIPTokenizer.from_pretrained(info.folder / "tokenizer", local_files_only=True)
     encoder = transformers.CLIPTextModel.from_pretrained(
         info.folder / "text_encoder", local_files_only=True
@@ -215,10 +226,10 @@ def _digest(*models: nn.Module) -> str:
     for model in models:
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.float().contiguous().numpy())
+            digest.update(tensor.float().contiguous().numpy().data)
     return digest.hexdigest()
 
 
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's float32 values."""
-    return hashlib.sha256(tensor.float().cpu().contiguous().numpy()).hexdigest()
+    return hashlib.sha256(tensor.float().cpu().contiguous().numpy().data).hexdigest()

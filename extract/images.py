@@ -1,11 +1,10 @@
-"""Turns a tile's raw values into what the backbone sees, by declared rules only, and describes its colours."""
+"""Turns a tile's raw values into what the backbone sees, by declared rules, and describes its colours."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
@@ -46,10 +45,11 @@ def to_rgb(tile: Tile, settings: ImageSettings) -> Floats:
         raise ImageError(f"tile {tile.record.tile_id}: no pixel holds data")
     if (scaled[:, valid] > 1).all():
         raise ImageError(
-            f"tile {tile.record.tile_id}: value * {_scale(tile, raw, settings):g} + {settings.offset:g} is above 1 "
-            f"everywhere ({_value_range(raw)}); expected source.scale to bring values into [0, 1], e.g. 1/10000"
+            f"tile {tile.record.tile_id}: value * {_scale(tile, raw, settings):g} + {settings.offset:g} is "
+            f"above 1 everywhere ({_value_range(raw)}); expected source.scale to bring values into [0, 1], "
+            "e.g. 1/10000"
         )
-    rgb = np.clip(scaled, 0, 1)
+    rgb: Floats = np.clip(scaled, 0, 1)
     rgb[:, ~valid] = rgb[:, valid].mean(axis=1, keepdims=True)
     return rgb
 
@@ -137,8 +137,8 @@ def resolve_image_size(size: str | Size, tile_size: tuple[int, int], stride: int
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     if height % stride or width % stride:
         raise SettingsError(
-            f"extract.image_size: got {height} x {width}, expected multiples of the backbone's coarsest stride "
-            f"{stride}, e.g. {-(-height // stride) * stride} x {-(-width // stride) * stride}"
+            f"extract.image_size: got {height} x {width}, expected multiples of the backbone's "
+            f"coarsest stride {stride}, e.g. {-(-height // stride) * stride} x {-(-width // stride) * stride}"
         )
     return height, width
 

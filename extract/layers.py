@@ -179,4 +179,5 @@ def _as_map(output: Tensor, layer: LayerInfo) -> Tensor:
     if output.ndim == 4:
         return output
     # (B, H*W, C) -> (B, C, H, W)
-    return output.transpose(1, 2).unflatten(2, (layer.height, layer.width))
+    maps: Tensor = output.transpose(1, 2).unflatten(2, (layer.height, layer.width))
+    return maps

@@ -66,7 +66,7 @@ def _target(source: Source, tile: Tile) -> Any:
     """A class name, the share of each class in a mask, or None."""
     if tile.mask is not None:
         values, counts = np.unique(tile.mask, return_counts=True)
-        names = {i: name for i, name in enumerate(source.classes)} | {source.ignore_value: "ignored"}
+        names = dict(enumerate(source.classes)) | {source.ignore_value: "ignored"}
         return {names[int(v)]: round(int(n) / tile.mask.size, 6) for v, n in zip(values, counts, strict=True)}
     return None if tile.record.label is None else source.classes[tile.record.label]
 

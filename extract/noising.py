@@ -1,4 +1,4 @@
-"""How a latent reaches the noise levels at which features are read (DESIGN: SatDiFuser, ICCV 2025, section 3).
+"""How a latent reaches the noise levels at which features are read (SatDiFuser, ICCV 2025, section 3).
 
 `inversion` walks the deterministic DDIM trajectory backwards (Song et al. 2021, arXiv 2010.02502, eq. 12
 with eta = 0); `forward` draws the closed-form marginal (Ho et al. 2020, arXiv 2006.11239, eq. 4).
@@ -64,7 +64,7 @@ def check_timesteps(
             nearest = sorted(sorted(grid, key=lambda g: abs(g - t))[:2])
             raise SettingsError(
                 f"extract.timesteps: {t} is not on the inversion grid of extract.steps {steps} "
-                f"({grid[0]}, {grid[1]}, {grid[2]}, … {grid[-1]}); nearest: {nearest[0]} and {nearest[-1]}"
+                f"({', '.join(map(str, grid[:3]))}, … {grid[-1]}); nearest: {nearest[0]} and {nearest[-1]}"
             )
 
 

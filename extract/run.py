@@ -179,7 +179,7 @@ def check_finite(
         if len(wrong):
             tile, step = wrong[0]
             raise FeatureError(
-                f"tile {tile_ids[tile]}, layer {layer.name}, timestep {timesteps[step]}: feature of magnitude "
-                f"{largest[tile, step]:g}, expected a finite value of at most {limit:g}; use a wider "
-                "backbone.dtype or store.encoding, or check the tile"
+                f"tile {tile_ids[tile]}, layer {layer.name}, timestep {timesteps[step]}: feature of "
+                f"magnitude {largest[tile, step]:g}, expected a finite value of at most {limit:g}; use a "
+                "wider backbone.dtype or store.encoding, or check the tile"
             )

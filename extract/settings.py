@@ -44,7 +44,7 @@ class SplitShares(Settings):
 class ImageSettings(Settings):
     """How raw pixel values become RGB in [0, 1]: value * scale + offset of three bands."""
 
-    bands: list[PositiveInt | str] | None = Field(None, min_length=3, max_length=3)
+    bands: list[PositiveInt | str] | None = Field(default=None, min_length=3, max_length=3)
     scale: Scale | None = None
     offset: float = 0.0
     on_error: Literal["fail", "skip"] = "fail"
@@ -123,7 +123,7 @@ class BackboneSettings(Settings):
 class ExtractSettings(Settings):
     """Which features are taken from the backbone."""
 
-    layers: list[str] = Field(["up_blocks.*.attn1", "up_blocks.*.conv2"], min_length=1)
+    layers: list[str] = Field(default=["up_blocks.*.attn1", "up_blocks.*.conv2"], min_length=1)
     timesteps: list[int] | Literal["released", "paper"] = "released"
     noising: Literal["forward", "inversion"] = "forward"
     steps: PositiveInt = 50

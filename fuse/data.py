@@ -59,7 +59,8 @@ class MapLoader:
                 sums = [wide.sum(axis=(0, -2, -1)), np.square(wide).sum(axis=(0, -2, -1))]
                 totals[group] = [a + b for a, b in zip(totals.get(group, (0.0, 0.0)), sums, strict=True)]
         pixels = {
-            group: len(chosen) * self.store.attributes.layers[held[0]].height
+            group: len(chosen)
+            * self.store.attributes.layers[held[0]].height
             * self.store.attributes.layers[held[0]].width
             for group, held in self.store.groups.items()
         }

@@ -1,9 +1,9 @@
 """A run: one fitted network in a folder, with all that is needed to understand and use it again.
 
-    settings.yaml        the resolved settings
-    run.json             what was fitted on which store, with the history of its training
-    model.safetensors    weights, and the feature statistics they expect
-    checkpoint.pt        only while training is unfinished
+settings.yaml        the resolved settings
+run.json             what was fitted on which store, with the history of its training
+model.safetensors    weights, and the feature statistics they expect
+checkpoint.pt        only while training is unfinished
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class FitSettings(Settings):
     """Which networks are trained from a store, and how."""
 
     task: Task | Literal["auto"] = "auto"
-    fusion: list[FusionName] = Field(["global", "localized", "moe"], min_length=1)
+    fusion: list[FusionName] = Field(default=["global", "localized", "moe"], min_length=1)
     head: HeadName | Literal["auto"] = "auto"
     projection: PositiveInt | Literal["auto"] = "auto"
     norm_groups: PositiveInt | Literal["auto"] = "auto"
@@ -69,7 +69,7 @@ class FitSettings(Settings):
     final_lr: PositiveFloat = 1e-5
     weight_decay: NonNegativeFloat = 0.0
     patience: PositiveInt = 10
-    seeds: list[NonNegativeInt] = Field([0], min_length=1)
+    seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
     normalise: bool = True
     memory_gb: NonNegativeFloat = 4.0
     device: str = "auto"

@@ -40,7 +40,7 @@ from satdifuser.store.reader import FeatureStore, Indices
 from satdifuser.store.schema import differing_fields
 
 UNLABELLED = -1
-MAIN_METRIC = {"classification": "accuracy", "segmentation": "miou"}
+SELECTION = {"classification": "accuracy", "segmentation": "miou"}  # validation metric
 
 Prediction = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Probabilities (B, classes) or (B, classes, H, W), and targets (B,) or (B, H, W)."""
@@ -89,8 +89,13 @@ def fit(
             bar.set_postfix_str(" ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
             save_checkpoint(_made(out), training.state() | {"identity": identity})
     info = training.describe() | {"name": out.name, "identity": identity}
-    run = save_run(out, info, {"fit": settings.model_dump(mode="json")} | store.attributes.settings,
-                   training.best, training.statistics)
+    run = save_run(
+        out,
+        info,
+        {"fit": settings.model_dump(mode="json")} | store.attributes.settings,
+        training.best,
+        training.statistics,
+    )
     (out / CHECKPOINT_FILE).unlink(missing_ok=True)
     return run
 
@@ -104,9 +109,7 @@ def check_task(store: FeatureStore, settings: FitSettings) -> None:
         raise SettingsError(f"fit.task: got {settings.task}, but {store.path} holds targets for {task}")
 
 
-def run_identity(
-    store: FeatureStore, settings: FitSettings, fusion: FusionName, seed: int
-) -> dict[str, Any]:
+def run_identity(store: FeatureStore, settings: FitSettings, fusion: FusionName, seed: int) -> dict[str, Any]:
     """What a run must share with another to be the same one."""
     shaping = settings.model_dump(mode="json", exclude={"fusion", "seeds", "memory_gb", "device"})
     return {"fusion": fusion, "seed": seed, "settings": shaping, "store": store.hashes().model_dump()}
@@ -165,7 +168,7 @@ class Training:
         began = time.monotonic()
         loss = self._train_epoch(epoch)
         metrics = measure(self.store, predict(self.network, self.val, self.settings, self.statistics))
-        value = metrics[MAIN_METRIC[str(self.store.attributes.task)]]
+        value = metrics[SELECTION[str(self.store.attributes.task)]]
         self.epoch = epoch + 1
         if value > self.best_value:
             self.best_value, self.best_epoch = value, self.epoch
@@ -268,10 +271,10 @@ def labelled(store: FeatureStore, split: str) -> Indices:
     rows = store.select(split)
     if store.attributes.task != "classification":
         return rows
-    rows = rows[np.asarray(store.targets(rows)) != UNLABELLED]
-    if not len(rows):
+    kept: Indices = rows[np.asarray(store.targets(rows)) != UNLABELLED]
+    if not len(kept):
         raise RunError(f"{store.path}: no tile of split {split!r} has a label")
-    return rows
+    return kept
 
 
 def new_network(store: FeatureStore, settings: FitSettings, fusion: FusionName) -> Network:

@@ -81,6 +81,6 @@ def tile_digests(groups: Mapping[str, Mapping[str, NDArray[np.generic]]]) -> lis
     for items in zip(*arrays, strict=True):
         digest = hashlib.sha256()
         for item in items:
-            digest.update(np.ascontiguousarray(item))
+            digest.update(np.ascontiguousarray(item).data)
         digests.append(digest.hexdigest())
     return digests

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -211,7 +211,8 @@ class FeatureStore:
 
     def colour(self, rows: Indices) -> Floats:
         """Colour statistics (B, statistic) float32 of some rows."""
-        return self._gather("tiles/colour", rows)
+        statistics: Floats = self._gather("tiles/colour", rows)
+        return statistics
 
     def previews(self, rows: Indices) -> NDArray[np.uint8]:
         """Previews (B, H, W, 3) uint8 of some rows.
@@ -221,7 +222,8 @@ class FeatureStore:
         """
         if not self.attributes.previews:
             raise StoreError(f"{self.path}: holds no previews; extract with store.previews: true")
-        return self._gather("previews/rgb", rows)
+        pictures: NDArray[np.uint8] = self._gather("previews/rgb", rows)
+        return pictures
 
     # --- features
 
@@ -256,7 +258,8 @@ class FeatureStore:
 
     def pooled_group(self, group: str, rows: Indices) -> Floats:
         """Pooled features (B, T, L, C) float32 of one group and some rows."""
-        return self._gather(f"features/{group}/pooled", rows)
+        pooled: Floats = self._gather(f"features/{group}/pooled", rows)
+        return pooled
 
     def layer_positions(self, pattern: str = "*") -> list[tuple[str, int, str]]:
         """Layers that match a pattern, in table order: (group, index within the group, name)."""
@@ -290,7 +293,8 @@ class FeatureStore:
 
     def stored_bytes_per_tile(self) -> int:
         """Bytes that `stored` returns for one tile."""
-        return bytes_per_tile(self.attributes.layers, len(self.attributes.timesteps), self.attributes.encoding)
+        a = self.attributes
+        return bytes_per_tile(a.layers, len(a.timesteps), a.encoding)
 
     def array_names(self) -> list[str]:
         """Names of the arrays that each group holds."""
@@ -318,7 +322,8 @@ class FeatureStore:
         """The whole store as a lazy, dask-backed xarray DataTree."""
         import xarray as xr
 
-        return xr.open_datatree(self.path, engine="zarr", consolidated=False, chunks={})
+        n = self.attributes.tiles_per_shard
+        return xr.open_datatree(self.path, engine="zarr", consolidated=False, chunks={"tile": n})
 
     # --- raw access
 
