@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from satdifuser.errors import SettingsError, suggest
 from satdifuser.evaluate.settings import EvaluateSettings
@@ -46,6 +46,12 @@ class Pipeline(Settings):
     fit: FitSettings = FitSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     output: Path = Path("out")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def default_kind(cls, source: Any) -> Any:
+        """A source that names no kind is of the default one, as a file holds only what differs."""
+        return {"kind": "synthetic", **source} if isinstance(source, dict) else source
 
     @property
     def store_path(self) -> Path:
@@ -107,7 +113,7 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
 def _drop_foreign_source(raw: dict[str, Any], changes: Sequence[tuple[list[str], Any]]) -> None:
     kinds = [value for path, value in changes if path == ["source", "kind"]]
     source = raw.get("source")
-    if kinds and isinstance(source, dict) and source.get("kind") != kinds[-1]:
+    if kinds and isinstance(source, dict) and source.get("kind", "synthetic") != kinds[-1]:
         raw["source"] = {}
 
 
@@ -144,7 +150,8 @@ def _user_path(location: Sequence[int | str], raw: Any) -> Iterator[int | str]:
 
 def _rule(item: Any) -> str:
     if item["type"] == "extra_forbidden":
-        return f"unknown setting{suggest(str(item['loc'][-1]), _known_keys())}"
+        name = str(item["loc"][-1])
+        return f"unknown setting{suggest(name, _known_keys() - {name})}"
     if item["type"] == "missing":
         return "is missing, and has no default"
     message: str = item["msg"]

@@ -39,7 +39,9 @@ def to_rgb(tile: Tile, settings: ImageSettings) -> Floats:
         ImageError: wrong number of bands, an undeclared scale, or a scale that saturates every pixel.
     """
     raw = tile.image[_band_positions(tile, settings.bands)]
-    scaled = raw.astype(np.float32) * np.float32(_scale(tile, raw, settings)) + np.float32(settings.offset)
+    scale = np.float32(_scale(tile, raw, settings))
+    with np.errstate(over="ignore"):  # a no-data value may lie beyond float32
+        scaled = raw.astype(np.float32) * scale + np.float32(settings.offset)
     valid = tile.valid & np.isfinite(scaled).all(axis=0)
     if not valid.any():
         raise ImageError(f"tile {tile.record.tile_id}: no pixel holds data")

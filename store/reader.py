@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 Indices = NDArray[np.intp]
+WORTHWHILE_GAP = 3  # tiles read in vain rather than with another request
 
 
 @dataclass(frozen=True)
@@ -340,16 +341,25 @@ class FeatureStore:
         return self._read(f"tiles/{name}")
 
     def _gather(self, name: str, rows: Indices) -> Any:
-        """Read rows in ascending runs, so that neighbours cost one request, and restore their order."""
+        """Read rows in ascending stretches, so that neighbours cost one request, and restore their order."""
         array: Any = self._root[name]
         order = np.argsort(rows, kind="stable")
-        ascending = rows[order]
         out = np.empty((len(rows), *array.shape[1:]), array.dtype)
-        breaks = np.flatnonzero(np.diff(ascending) != 1) + 1
-        for run in np.split(np.arange(len(rows)), breaks):
-            if len(run):
-                out[order[run]] = array[int(ascending[run[0]]) : int(ascending[run[-1]]) + 1]
+        for places in np.split(order, _stretches(rows[order], self.attributes.tiles_per_shard)):
+            if len(places):
+                first, last = int(rows[places[0]]), int(rows[places[-1]])
+                out[places] = array[first : last + 1][rows[places] - first]
         return out
+
+
+def _stretches(ascending: Indices, longest: int) -> Indices:
+    """Where to cut ascending rows: at shard borders, and at gaps that would cost more than a request."""
+    if not len(ascending):
+        return np.empty(0, np.intp)
+    far = np.diff(ascending) > WORTHWHILE_GAP
+    other_shard = np.diff(ascending // longest) > 0
+    cuts: Indices = np.flatnonzero(far | other_shard) + 1
+    return cuts
 
 
 def decode_groups(encoded: dict[str, dict[str, NDArray[np.generic]]]) -> dict[str, Floats]:

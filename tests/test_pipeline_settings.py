@@ -75,6 +75,7 @@ def test_every_settings_model_is_written_out() -> None:
 
 def test_a_file_holds_only_what_differs(tmp_path: Path) -> None:
     assert load_pipeline(write(tmp_path, "fit: {epochs: 3}")).fit.epochs == 3
+    assert load_pipeline(write(tmp_path, "source: {tiles: 3}")).source == SyntheticSettings(tiles=3)
     assert load_pipeline(write(tmp_path, "# nothing\n")) == Pipeline()
 
 
