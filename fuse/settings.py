@@ -60,11 +60,11 @@ class FitSettings(Settings):
     norm_groups: PositiveInt | Literal["auto"] = "auto"
     experts: PositiveInt = 8
     top_k: PositiveInt = 2
-    warmup_steps: NonNegativeInt = 100
-    epochs: PositiveInt = 40
-    batch_size: PositiveInt = 32
-    lr: PositiveFloat = 0.01
-    warmup_epochs: NonNegativeInt = 5
+    warmup_steps: NonNegativeInt = 20
+    epochs: PositiveInt = 8
+    batch_size: PositiveInt = 16
+    lr: PositiveFloat = 0.002
+    warmup_epochs: NonNegativeInt = 1
     warmup_lr: PositiveFloat = 2e-5
     final_lr: PositiveFloat = 1e-5
     weight_decay: NonNegativeFloat = 0.0

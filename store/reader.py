@@ -116,8 +116,27 @@ class FeatureStore:
         """Shards without a commit record."""
         return [shard for shard, record in enumerate(self.commits) if not record]
 
+    @cached_property
+    def file_problems(self) -> list[str]:
+        """Committed files that are missing or of another size; Zarr would read a missing one as fill."""
+        problems = []
+        for shard, record in enumerate(self.commits):
+            for key, (size, _) in sorted(record.get("files", {}).items()):
+                path = self.path / key
+                if not path.is_file():
+                    problems.append(f"shard {shard}: {key} is missing")
+                elif path.stat().st_size != size:
+                    found = path.stat().st_size
+                    problems.append(f"shard {shard}: {key} has {found} bytes, committed were {size}")
+        return problems
+
     def require_complete(self) -> None:
-        """Raise StoreError unless every shard is committed."""
+        """Raise StoreError unless every shard is committed and its files are there."""
+        if self.file_problems:
+            raise StoreError(
+                f"{self.path}: {self.file_problems[0]} ({len(self.file_problems)} such files); extract it "
+                "again with --overwrite, or copy the store anew"
+            )
         if self.missing_shards():
             raise StoreError(
                 f"{self.path}: {self._missing_text()}; run the same `satdifuser extract` command again to "

@@ -24,10 +24,10 @@ def verify(store: FeatureStore, deep: bool = False, progress: Callable[[], None]
     """
     problems = [f"shard {shard}: not committed" for shard in store.missing_shards()]
     problems += [f"{path.relative_to(store.path)}: left by an interrupted write" for path in _orphans(store)]
+    problems += store.file_problems
     for shard, record in enumerate(store.commits):
-        if record:
-            problems += _check_files(store, shard, record, deep)
-            problems += _check_digests(store, shard) if deep else []
+        if record and deep:
+            problems += _check_files(store, shard, record) + _check_digests(store, shard)
         progress()
     return problems
 
@@ -36,17 +36,16 @@ def _orphans(store: FeatureStore) -> list[Path]:
     return sorted(store.path.rglob(f"*{PARTIAL_SUFFIX}"))
 
 
-def _check_files(store: FeatureStore, shard: int, record: dict[str, Any], deep: bool) -> list[str]:
-    problems = []
-    for key, (size, digest) in sorted(record["files"].items()):
-        path = store.path / key
-        if not path.is_file():
-            problems.append(f"shard {shard}: {key} is missing")
-        elif path.stat().st_size != size:
-            problems.append(f"shard {shard}: {key} has {path.stat().st_size} bytes, committed were {size}")
-        elif deep and _file_digest(path) != digest:
-            problems.append(f"shard {shard}: {key} was altered after it was committed (SHA-256 differs)")
-    return problems
+def _check_files(store: FeatureStore, shard: int, record: dict[str, Any]) -> list[str]:
+    return [
+        f"shard {shard}: {key} was altered after it was committed (SHA-256 differs)"
+        for key, (size, digest) in sorted(record["files"].items())
+        if _has_size(store.path / key, size) and _file_digest(store.path / key) != digest
+    ]
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _file_digest(path: Path) -> str:

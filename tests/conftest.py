@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test never reaches for a model hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads of several processes slow each other down
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
