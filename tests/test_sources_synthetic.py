@@ -18,7 +18,7 @@ SMALL = SyntheticSettings(tiles=18, split=SplitShares(train=0.5, val=0.25, test=
 
 
 def test_tiles_are_balanced_placed_and_split() -> None:
-    source = open_source(SyntheticSettings())
+    source = open_source(SyntheticSettings(tiles=900))
     records = list_tiles(source)
     assert source.classes == tuple(PAINTERS)
     assert np.bincount([record.label for record in records if record.label is not None]).tolist() == [100] * 9
