@@ -179,7 +179,7 @@ class Training:
 
     def _train_epoch(self, epoch: int) -> float:
         torch.manual_seed(self.seed * 100_003 + epoch)  # dropout
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.train.rows))
+        order = training_order(len(self.train.rows), self.settings.batch_size, [self.seed, epoch])
         batches = -(-len(order) // self.settings.batch_size)
         self.network.train()
         losses = []
@@ -260,6 +260,12 @@ class Training:
             "layers": [layer.name for layer in layers],
             "values": weights.tolist(),
         }
+
+
+def training_order(tiles: int, batch_size: int, seed: list[int]) -> NDArray[np.intp]:
+    """A shuffled order of tiles; a last batch of one tile is left out, since batch norm needs two."""
+    order: NDArray[np.intp] = np.random.default_rng(seed).permutation(tiles)
+    return order[:-1] if tiles > 1 and tiles % batch_size == 1 else order
 
 
 def labelled(store: FeatureStore, split: str) -> Indices:
