@@ -333,9 +333,10 @@ class FeatureStore:
         rows = self.select(split)
         if seed is not None:
             rows = np.random.default_rng(seed).permutation(rows)
+        names = self._text("tile_id")
         for start in range(0, len(rows), batch_size):
             chosen = rows[start : start + batch_size]
-            ids = [str(name) for name in self._text("tile_id")[chosen]]
+            ids = [str(name) for name in names[chosen]]
             yield Batch(self.maps(chosen), self.targets(chosen), ids, chosen)
 
     def to_xarray(self) -> xr.DataTree:
