@@ -14,9 +14,14 @@ Importing is quick: torch, diffusers and zarr load when they are needed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import satdifuser.extract as _extract_room
 
 if TYPE_CHECKING:
     from satdifuser.fuse.run_folder import Run
@@ -137,3 +142,17 @@ def fit(
     if overwrite or not (folder / "metrics.json").is_file():
         evaluate_run(folder, opened.path, pipeline.evaluate)
     return run
+
+
+def _callable_room(room: ModuleType, verb: Callable[..., Any]) -> ModuleType:
+    """Let a room be called as the verb of its name.
+
+    Importing anything from a room binds its name in this package, over a function of that name.
+    """
+    behaviour = {"__call__": staticmethod(verb), "__signature__": signature(verb)}
+    room.__class__ = type("CallableModule", (ModuleType,), behaviour)
+    room.__doc__ = verb.__doc__
+    return room
+
+
+extract = _callable_room(_extract_room, extract)  # type: ignore[assignment]
