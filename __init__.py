@@ -42,6 +42,15 @@ def open_store(path: str | Path) -> FeatureStore:
 
     Raises:
         StoreError: there is no store, or one of a newer format, or its metadata is damaged.
+
+    Example::
+
+        store = satdifuser.open_store("eurosat.zarr")
+        store.tiles                                   # pandas table, one row per tile
+        store.pooled(timestep=61, split="train")      # xarray (tile, channel), float32
+        for batch in store.batches(split="train", batch_size=32, seed=0):
+            batch.features["stride_08"]               # numpy (B, T, L, C, H, W), float32
+            batch.targets, batch.tile_ids             # labels (B,) or masks (B, H, W); B ids
     """
     from satdifuser.store.reader import open_store
 
@@ -54,8 +63,16 @@ def open_run(path: str | Path) -> Run:
     Args:
         path: Its folder.
 
+    Returns:
+        The run: its ``path``; ``info``, what was fitted and how training went; ``metrics``.
+
     Raises:
         RunError: it holds no finished run.
+
+    Example::
+
+        run = satdifuser.open_run("runs/global-seed0")
+        run.metrics["test"]["accuracy"], run.metrics["test"]["interval"]["accuracy"]
     """
     from satdifuser.fuse.run_folder import open_run
 
@@ -64,7 +81,7 @@ def open_run(path: str | Path) -> Run:
 
 def extract(
     source: dict[str, Any],
-    backbone: str | dict[str, Any],
+    backbone: str | Path | dict[str, Any],
     out: str | Path,
     *,
     overwrite: bool = False,
@@ -87,6 +104,11 @@ def extract(
     Raises:
         SettingsError: naming every wrong setting at once.
         SatDiFuserError: bad input; whatever was committed stays.
+
+    Example::
+
+        source = {"kind": "folder", "root": "eurosat"}    # one folder of images per class
+        store = satdifuser.extract(source, "embedded", "eurosat.zarr", extract={"timesteps": [21, 61]})
     """
     from satdifuser.extract.job import Job
     from satdifuser.extract.run import extract as run_extraction
@@ -94,7 +116,7 @@ def extract(
 
     sections = {
         "source": source,
-        "backbone": {"model": backbone} if isinstance(backbone, str) else backbone,
+        "backbone": {"model": str(backbone)} if isinstance(backbone, str | Path) else backbone,
         "extract": extract or {},
         "store": store or {},
     }
@@ -110,9 +132,10 @@ def fit(
     out: str | Path | None = None,
     *,
     overwrite: bool = False,
+    evaluate: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Run:
-    """Train one fusion on a store and measure it on the test split.
+    """Train one fusion on a store and measure it, or go on where an earlier call stopped.
 
     Args:
         store: A store or its folder.
@@ -120,27 +143,36 @@ def fit(
         seed: Of initial weights, batch order and dropout.
         out: The run's folder; None for ``runs/FUSION-seedSEED`` beside the store.
         overwrite: Train anew whatever is at `out`.
+        evaluate: The `evaluate` section, e.g. ``{"split": "val"}``, which leaves the test split unread.
         settings: Fields of the `fit` section, e.g. ``epochs=10, lr=0.003``.
 
     Returns:
-        The run; ``run.metrics`` holds validation and test figures with intervals.
+        The run; ``run.metrics`` holds its figures on val and on the reported split, with intervals.
 
     Raises:
         SettingsError: naming every wrong setting at once.
         StoreError: shards are missing, or a split is empty.
         RunError: another run is at `out`.
+
+    Example::
+
+        run = satdifuser.fit(store, fusion="moe", epochs=20)
+        run.metrics["test"]["accuracy"]
     """
-    from satdifuser.evaluate.evaluation import evaluate_run, measure
+    from satdifuser.errors import SettingsError
+    from satdifuser.evaluate.evaluation import ensure_evaluated, measure
     from satdifuser.fuse.train import fit as train
     from satdifuser.pipeline import validate_settings
     from satdifuser.store.reader import FeatureStore
 
+    if "seeds" in settings:
+        raise SettingsError("satdifuser.fit: got seeds, but one call makes one run: pass seed, e.g. seed=1")
+    sections = {"fit": {"fusion": [fusion], "seeds": [seed], **settings}, "evaluate": evaluate or {}}
+    pipeline = validate_settings(sections, "satdifuser.fit")
     opened = store if isinstance(store, FeatureStore) else open_store(store)
-    pipeline = validate_settings({"fit": {"fusion": [fusion], "seeds": [seed], **settings}}, "satdifuser.fit")
     folder = Path(out) if out else opened.path.parent / "runs" / f"{fusion}-seed{seed}"
     run = train(opened, pipeline.fit, pipeline.fit.fusion[0], seed, folder, measure, overwrite)
-    if overwrite or not (folder / "metrics.json").is_file():
-        evaluate_run(folder, opened.path, pipeline.evaluate)
+    ensure_evaluated(run, opened, pipeline.evaluate)
     return run
 
 

@@ -149,7 +149,7 @@ def fit(
     store: Path, config: Path | None, overrides: tuple[str, ...], out: Path | None, overwrite: bool
 ) -> None:
     """Train every fusion of fit.fusion with every seed of fit.seeds on a store."""
-    from satdifuser.evaluate.report import format_table, results_table
+    from satdifuser.evaluate.results import format_table, results_table
     from satdifuser.pipeline import fit_all
     from satdifuser.store.reader import open_store
 
@@ -215,6 +215,12 @@ def verify(ctx: click.Context, store: Path, deep: bool, as_json: bool) -> None:
         click.echo(json.dumps({"ok": not problems, "deep": deep, "problems": problems}))
     else:
         click.echo("\n".join(problems) or f"{store}: whole{' (every byte checked)' if deep else ''}")
+    if problems:
+        click.echo(
+            f"to mend: delete {store}/commits/c/N of each damaged shard N, then run the same "
+            "`satdifuser extract` command again; or copy the store anew",
+            err=True,
+        )
     ctx.exit(1 if problems else 0)
 
 

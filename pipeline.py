@@ -154,6 +154,9 @@ def _rule(item: Any) -> str:
         return f"unknown setting{suggest(name, _known_keys() - {name})}"
     if item["type"] == "missing":
         return "is missing, and has no default"
+    if item["type"] == "union_tag_invalid":
+        kind, kinds = repr(item["ctx"]["tag"]), item["ctx"]["expected_tags"]
+        return f"expected a kind of {kinds}, got {kind}{suggest(kind, kinds.split(', '))}"
     message: str = item["msg"]
     return message.removeprefix("Value error, ").replace("Input should be", "expected")
 
@@ -176,7 +179,7 @@ def run_pipeline(pipeline: Pipeline, overwrite: bool = False) -> str:
     Returns:
         The results table and the paths of what was written, for the terminal.
     """
-    from satdifuser.evaluate.report import format_table, results_table
+    from satdifuser.evaluate.results import format_table, results_table
     from satdifuser.extract.job import Job
     from satdifuser.extract.run import extract
 
@@ -190,9 +193,12 @@ def run_pipeline(pipeline: Pipeline, overwrite: bool = False) -> str:
 
 
 def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bool = False) -> list[Path]:
-    """Fit and measure the baselines, and every fusion with every seed; return their run folders."""
+    """Fit and measure the baselines, and every fusion with every seed; return their run folders.
+
+    What is already there, fitted and measured with these settings, is kept.
+    """
     from satdifuser.evaluate.baselines import fit_baselines
-    from satdifuser.evaluate.evaluation import evaluate_run, measure
+    from satdifuser.evaluate.evaluation import ensure_evaluated, measure
     from satdifuser.fuse.train import check_task, fit
 
     check_task(store, pipeline.fit)
@@ -202,9 +208,8 @@ def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bo
     for fusion in pipeline.fit.fusion:
         for seed in pipeline.fit.seeds:
             path = folder / f"{fusion}-seed{seed}"
-            fit(store, pipeline.fit, fusion, seed, path, measure, overwrite)
-            if overwrite or not (path / "metrics.json").is_file():
-                evaluate_run(path, store.path, pipeline.evaluate)
+            run = fit(store, pipeline.fit, fusion, seed, path, measure, overwrite)
+            ensure_evaluated(run, store, pipeline.evaluate)
             runs.append(path)
     return runs
 

@@ -27,13 +27,8 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from satdifuser.errors import RunError
-from satdifuser.evaluate.evaluation import new_outcome, write_outcome
-from satdifuser.evaluate.metrics import (
-    MAIN_METRIC,
-    classification_metrics,
-    confusion_matrix,
-    segmentation_metrics,
-)
+from satdifuser.evaluate.evaluation import is_evaluated, new_outcome, spread_positions, write_outcome
+from satdifuser.evaluate.metrics import classification_metrics, confusion_matrix, segmentation_metrics
 from satdifuser.evaluate.samples import (
     PIXELS_PER_TILE,
     TILES_PER_READ,
@@ -45,8 +40,8 @@ from satdifuser.evaluate.samples import (
     read_tiles,
 )
 from satdifuser.evaluate.settings import EvaluateSettings
-from satdifuser.fuse.run_folder import Run, open_run, save_run
-from satdifuser.fuse.train import Prediction, labelled
+from satdifuser.fuse.run_folder import RUN_FILE, Run, open_run, save_run
+from satdifuser.fuse.train import MAIN_METRIC, Prediction, labelled
 from satdifuser.store.encoding import Floats
 from satdifuser.store.reader import FeatureStore
 
@@ -93,7 +88,7 @@ class LinearProbe:
 def fit_baselines(
     store: FeatureStore, settings: EvaluateSettings, folder: Path, overwrite: bool
 ) -> list[Run]:
-    """Fit and measure all baselines; those already there for this store are kept.
+    """Fit and measure all baselines; those already measured so on this store are kept.
 
     Args:
         store: A complete store with targets and all three splits.
@@ -105,8 +100,7 @@ def fit_baselines(
     samples: dict[str, Samples] = {}
     for name in tqdm(NAMES, desc="baselines", unit="baseline", disable=None):
         path = folder / f"baseline-{name}"
-        identity = {"store": store.hashes().model_dump(), "evaluate": settings.model_dump(mode="json")}
-        if not overwrite and (done := _finished(path, identity)):
+        if not overwrite and (done := _finished(path, store, settings)):
             runs.append(done)
             continue
         began = time.monotonic()
@@ -114,17 +108,17 @@ def fit_baselines(
             samples = {split: gather_samples(store, split, settings.seed) for split in ("train", "val")}
         predictor, facts = _fit(name, store, samples, settings.seed)
         info = _describe(name, store, facts | {"seconds": round(time.monotonic() - began, 3)}, settings)
-        run = save_run(path, info | {"name": path.name, "identity": identity}, store.attributes.settings)
+        run = save_run(path, info | {"name": path.name}, store.attributes.settings)
         _measure(run, store, predictor, settings)
         runs.append(run)
     return runs
 
 
-def _finished(path: Path, identity: dict[str, Any]) -> Run | None:
-    if not (path / "metrics.json").is_file():
+def _finished(path: Path, store: FeatureStore, settings: EvaluateSettings) -> Run | None:
+    if not (path / RUN_FILE).is_file():
         return None
     run = open_run(path)
-    return run if run.info.get("identity") == identity else None
+    return run if is_evaluated(run, store, settings) else None
 
 
 def _fit(
@@ -134,7 +128,7 @@ def _fit(
         return _fit_colour(store, seed)
     inputs = list(samples["train"].features)
     candidates = [inputs] if name == "concatenation" else [[key] for key in inputs]
-    chosen, probe, strength = _choose(store, samples, candidates)
+    chosen, probe, strength = choose_on_val(store, samples, candidates)
     facts = {
         "inputs": chosen if name == "single" else len(chosen),
         "strength": strength,
@@ -144,7 +138,7 @@ def _fit(
     return _feature_predictor(store, probe, chosen), facts
 
 
-def _choose(
+def choose_on_val(
     store: FeatureStore, samples: dict[str, Samples], candidates: list[list[Input]]
 ) -> tuple[list[Input], LinearProbe, float]:
     """The inputs and strength whose probe is best on validation."""
@@ -180,10 +174,10 @@ def _feature_predictor(store: FeatureStore, probe: LinearProbe, inputs: list[Inp
             yield probe.probabilities(joined), np.asarray(store.targets(rows), np.int64)
 
         return predict_tiles
-    return lambda split: _predict_masks(store, probe, inputs, split)
+    return lambda split: predict_masks(store, probe, inputs, split)
 
 
-def _predict_masks(
+def predict_masks(
     store: FeatureStore, probe: LinearProbe, inputs: list[Input], split: str
 ) -> Iterator[Prediction]:
     weight, bias = probe.affine()
@@ -210,7 +204,7 @@ def _fit_colour(store: FeatureStore, seed: int) -> tuple[Predictor, dict[str, An
         split: Samples({key: store.colour(rows)}, np.asarray(store.targets(rows), np.int64))
         for split, rows in splits.items()
     }
-    _, probe, strength = _choose(store, samples, [[key]])
+    _, probe, strength = choose_on_val(store, samples, [[key]])
 
     def predict_tiles(split: str) -> Iterator[Prediction]:
         rows = labelled(store, split)
@@ -231,14 +225,14 @@ def _fit_colour_forest(store: FeatureStore, seed: int) -> tuple[Predictor, dict[
     forest = RandomForestClassifier(TREES, random_state=seed, min_samples_leaf=5, n_jobs=-1)
     forest.fit(np.concatenate(pixels), np.concatenate(labels))
 
-    def predict_masks(split: str) -> Iterator[Prediction]:
+    def predict_pixels(split: str) -> Iterator[Prediction]:
         for features, masks in _colour_tiles(store, split):
             found = forest.predict_proba(features.reshape(-1, features.shape[-1]))
             full = np.zeros((*masks.shape, len(store.attributes.classes)), np.float32)
             full[..., forest.classes_] = found.reshape(*masks.shape, -1)
             yield np.moveaxis(full, -1, 1), masks.astype(np.int64)
 
-    return predict_masks, {"inputs": "pixel colour", "trees": TREES}
+    return predict_pixels, {"inputs": "pixel colour", "trees": TREES}
 
 
 def _colour_tiles(store: FeatureStore, split: str) -> Iterator[tuple[Floats, NDArray[np.generic]]]:
@@ -278,9 +272,10 @@ def _describe(
 
 
 def _measure(run: Run, store: FeatureStore, predictor: Predictor, settings: EvaluateSettings) -> None:
-    outcomes = {"val": new_outcome(store), settings.split: new_outcome(store, settings.pictures)}
+    rows = labelled(store, settings.split)
+    kept = spread_positions(len(rows), settings.pictures)
+    outcomes = {"val": new_outcome(store), settings.split: new_outcome(store, kept)}
     for split, outcome in outcomes.items():
         for probabilities, targets in predictor(split):
             outcome.add(probabilities, targets)
-    rows = labelled(store, settings.split)
     write_outcome(run, store, rows, outcomes[settings.split], outcomes["val"].metrics(), settings)

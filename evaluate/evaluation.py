@@ -1,21 +1,22 @@
 """Measures runs: predictions of a split become metrics with intervals, kept beside the run.
 
-metrics.json          metrics on val (for choosing) and on the evaluated split (for reporting)
-predictions.parquet   one row per tile
-masks.npz             segmentation only: some tiles' masks, for pictures
+metrics.json          metrics on val (for choosing) and on the reported split, and how they were measured
+predictions.parquet   one row per tile of the reported split
+masks.npz             segmentation only: masks of some of these tiles, for pictures
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from numpy.typing import NDArray
 
 from satdifuser.errors import RunError
@@ -23,11 +24,13 @@ from satdifuser.evaluate.intervals import classification_intervals, segmentation
 from satdifuser.evaluate.metrics import classification_metrics, confusion_matrix, segmentation_metrics
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse.data import MapLoader
-from satdifuser.fuse.run_folder import Run, open_run
+from satdifuser.fuse.run_folder import SETTINGS_FILE, Run, open_run
 from satdifuser.fuse.train import Prediction, labelled, load_network, predict
 from satdifuser.store.files import write_durably
 from satdifuser.store.reader import FeatureStore, Indices, open_store
-from satdifuser.store.schema import differing_fields
+from satdifuser.store.schema import canonical_hash, differing_fields
+
+METRICS_FILE = "metrics.json"
 
 
 @dataclass
@@ -35,13 +38,13 @@ class Outcome:
     """What became of the tiles of a split, gathered batch by batch.
 
     Classification keeps (N,) targets and (N, classes) probabilities; segmentation keeps (N, classes, classes)
-    confusion counts and the masks of the first `kept_masks` tiles.
+    confusion counts, and the masks of the tiles at the positions `kept`.
     """
 
     task: str
     classes: int
     ignore_value: int
-    kept_masks: int = 0
+    kept: Sequence[int] = ()
     targets: list[NDArray[np.int64]] = field(default_factory=list)
     probabilities: list[NDArray[np.float32]] = field(default_factory=list)
     confusions: list[NDArray[np.int64]] = field(default_factory=list)
@@ -54,9 +57,9 @@ class Outcome:
             self.probabilities.append(probabilities)
             return
         for predicted, target in zip(probabilities.argmax(1), targets, strict=True):
-            self.confusions.append(confusion_matrix(target, predicted, self.classes, self.ignore_value))
-            if len(self.masks) < self.kept_masks:
+            if len(self.confusions) in self.kept:
                 self.masks.append((predicted.astype(np.uint8), target.astype(np.uint8)))
+            self.confusions.append(confusion_matrix(target, predicted, self.classes, self.ignore_value))
 
     def metrics(self) -> dict[str, float]:
         """Metrics over all tiles."""
@@ -88,10 +91,16 @@ class Outcome:
         return table
 
 
-def new_outcome(store: FeatureStore, kept_masks: int = 0) -> Outcome:
+def new_outcome(store: FeatureStore, kept: Sequence[int] = ()) -> Outcome:
     """An empty outcome for a store's task and classes."""
     a = store.attributes
-    return Outcome(str(a.task), len(a.classes), a.ignore_value, kept_masks)
+    return Outcome(str(a.task), len(a.classes), a.ignore_value, kept)
+
+
+def spread_positions(tiles: int, count: int) -> list[int]:
+    """Positions of at most `count` of some tiles, evenly spaced, since neighbours look alike."""
+    positions: list[int] = np.linspace(0, tiles - 1, min(tiles, count)).round().astype(int).tolist()
+    return positions
 
 
 def measure(store: FeatureStore, predictions: Iterator[Prediction]) -> dict[str, float]:
@@ -100,6 +109,30 @@ def measure(store: FeatureStore, predictions: Iterator[Prediction]) -> dict[str,
     for probabilities, targets in predictions:
         outcome.add(probabilities, targets)
     return outcome.metrics()
+
+
+def ensure_evaluated(run: Run, store: FeatureStore, settings: EvaluateSettings) -> dict[str, Any]:
+    """Measure a fitted fusion, unless that was done in the same way; return what metrics.json holds."""
+    if is_evaluated(run, store, settings):
+        return run.metrics
+    return evaluate_run(run.path, store.path, settings)
+
+
+def is_evaluated(run: Run, store: FeatureStore, settings: EvaluateSettings) -> bool:
+    """Say whether a run's metrics are of this very model, this store and these settings."""
+    if not (run.path / METRICS_FILE).is_file():
+        return False
+    held = run.metrics
+    return all(held.get(name) == value for name, value in measurement(run, store, settings).items())
+
+
+def measurement(run: Run, store: FeatureStore, settings: EvaluateSettings) -> dict[str, Any]:
+    """What two measurements must share to be the same one; a part of metrics.json."""
+    return {
+        "run_hash": canonical_hash(run.info),
+        "store_hashes": store.hashes().model_dump(),
+        "evaluate": settings.model_dump(mode="json", exclude={"baselines"}),
+    }
 
 
 def evaluate_run(folder: Path, store_path: Path | None, settings: EvaluateSettings) -> dict[str, Any]:
@@ -123,7 +156,7 @@ def evaluate_run(folder: Path, store_path: Path | None, settings: EvaluateSettin
     check_features(run, store)
     network, statistics, fit_settings = load_network(run, store)
     rows = labelled(store, settings.split)
-    outcome = new_outcome(store, settings.pictures)
+    outcome = new_outcome(store, spread_positions(len(rows), settings.pictures))
     loader = MapLoader(store, rows, fit_settings.memory_gb * 1e9)
     for probabilities, targets in predict(network, loader, fit_settings, statistics):
         outcome.add(probabilities, targets)
@@ -155,7 +188,16 @@ def write_outcome(
     val: dict[str, float],
     settings: EvaluateSettings,
 ) -> dict[str, Any]:
-    """Write metrics.json, predictions.parquet and masks.npz of a run; return the metrics."""
+    """Write all that was found out about a run, metrics.json last; return the metrics.
+
+    Args:
+        run: The run that was measured.
+        store: The store that was read.
+        rows: The N tiles of the reported split.
+        outcome: What became of them, in the order of `rows`.
+        val: Metrics on val; where that is the reported split, they give way to the outcome's.
+        settings: How it was measured.
+    """
     tile_ids = [str(name) for name in store.tiles.tile_id.to_numpy()[rows]]
     buffer = io.BytesIO()
     outcome.table(tile_ids, settings.split).to_parquet(buffer)
@@ -163,34 +205,41 @@ def write_outcome(
     if outcome.masks:
         predicted, target = (np.stack(masks) for masks in zip(*outcome.masks, strict=True))
         buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer, tile_id=np.array(tile_ids[: len(predicted)]), predicted=predicted, target=target
-        )
+        kept_ids = np.array([tile_ids[position] for position in outcome.kept])
+        np.savez_compressed(buffer, tile_id=kept_ids, predicted=predicted, target=target)
         write_durably(run.path / "masks.npz", buffer.getvalue())
+    note_settings(run, settings)
     metrics = {
         "task": run.info["task"],
         "fusion": run.info["fusion"],
         "head": run.info["head"],
         "seed": run.info["seed"],
         "store_fingerprint": store.hashes().feature,
-        "store_hashes": store.hashes().model_dump(),
         "selected_on": "val",
         "val": val,
         settings.split: {**outcome.metrics(), "interval": outcome.intervals(settings)},
-        "test_reads": _test_reads(run) + (settings.split == "test"),
+        "test_reads": previous_test_reads(run) + (settings.split == "test"),
+        **measurement(run, store, settings),
     }
-    write_durably(run.path / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    write_durably(run.path / METRICS_FILE, (json.dumps(metrics, indent=1) + "\n").encode())
     return metrics
 
 
-def _test_reads(run: Run) -> int:
+def note_settings(run: Run, settings: EvaluateSettings) -> None:
+    """Add the settings of the evaluation to the run's settings.yaml."""
+    path = run.path / SETTINGS_FILE
+    sections = yaml.safe_load(path.read_text()) | {"evaluate": settings.model_dump(mode="json")}
+    write_durably(path, yaml.safe_dump(sections, sort_keys=False).encode())
+
+
+def previous_test_reads(run: Run) -> int:
     """How often this run's test split was read before."""
-    path = run.path / "metrics.json"
+    path = run.path / METRICS_FILE
     return int(json.loads(path.read_text()).get("test_reads", 0)) if path.is_file() else 0
 
 
 def format_metrics(folder: Path, metrics: dict[str, Any]) -> str:
-    """Metrics for reading: one line per metric, val beside each evaluated split."""
+    """Metrics for reading: one line per metric, of val and of the reported split."""
     lines = [f"{folder}: {metrics['fusion']}, {metrics['head']} head, seed {metrics['seed']}"]
     for split in ("val", "train", "test"):
         values = metrics.get(split, {})

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Ints = NDArray[np.integer[Any]]
 
-# What runs of a task are ranked by.
-MAIN_METRIC = {"classification": "accuracy", "segmentation": "miou"}
-
 
 def confusion_matrix(
     target: Ints, predicted: Ints, classes: int, ignore_value: int | None = None

@@ -1,14 +1,12 @@
 """The report page: what was done, the results of several runs, and pictures of the chosen one.
 
-One HTML file that needs no network. The choice among the fusions is made by the val split; test figures
-are shown, never used to choose. Class names, paths and tile ids come from files and are escaped.
+One HTML file that needs no network. Class names, paths and tile ids come from files and are escaped.
 
 Shape letters: C classes, T timesteps, L layers, H and W pixels.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,16 +20,30 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from satdifuser.errors import RunError
-from satdifuser.evaluate.metrics import MAIN_METRIC, confusion_matrix, per_class_table
+from satdifuser.evaluate.metrics import confusion_matrix, per_class_table
 from satdifuser.evaluate.pictures import colour_mask, heat_map_svg, line_chart_svg, palette, png_data_uri
-from satdifuser.fuse.run_folder import Run, open_run
+from satdifuser.evaluate.results import (
+    REMEDY,
+    best_on_val,
+    choice_sentence,
+    choose,
+    format_cells,
+    group_seeds,
+    interval,
+    main_metric,
+    open_runs,
+    percent,
+    reported_split,
+    require,
+    score,
+    span,
+    tabulate,
+)
+from satdifuser.fuse.run_folder import Run
 from satdifuser.store.files import write_durably
 
 Preview = Callable[[str], NDArray[np.uint8] | None]
 
-RUN_FIELDS = ["name", "kind", "task", "fusion", "head", "seed", "classes", "ignore_value", "timesteps"]
-RUN_FIELDS += ["layers", "store", "history", "parameters", "seconds", "weights"]
-REMEDY = "measure the run again: `satdifuser evaluate`, for a baseline `satdifuser run`"
 PICTURE_PX = 128  # smaller pictures are enlarged to about this width
 SHOWN_MISTAKES, SHOWN_RIGHT = 12, 12
 SHOWN_WORST, SHOWN_TYPICAL = 3, 3
@@ -53,7 +65,7 @@ class ReportStore:
 def write_report(
     runs: Sequence[Path], out: Path, title: str, store: ReportStore | None = None, command: str = ""
 ) -> Path:
-    """Write the page of some runs of one task.
+    """Write the page of some runs of one task, measured on one split.
 
     Args:
         runs: Run folders.
@@ -66,13 +78,13 @@ def write_report(
         `out`.
 
     Raises:
-        RunError: A run folder is incomplete, or the runs have different tasks.
+        RunError: A run folder is incomplete, or the runs differ in task, split or level.
     """
     groups = group_seeds(open_runs(runs))
     results = tabulate(groups)
     seeds = choose(groups)
     chosen = best_on_val(seeds)
-    confusion = confusion_on_test(chosen)
+    confusion = confusion_of(chosen)
     page = {
         "title": title,
         "command": command,
@@ -81,12 +93,14 @@ def write_report(
         "seeds": len(seeds),
         "label_sets": len({run.info["store"]["hashes"]["labels"] for group in groups for run in group}),
         "metric": main_metric(chosen),
+        "split": reported_split(chosen),
+        "level": percent(chosen.metrics["evaluate"]["level"]),
         "results": format_cells(results),
         "answer": answer(results),
         "choice": choice_sentence(results),
         "scores": score_cells(chosen),
         "per_class": class_cells(confusion, chosen.info["classes"]),
-        "confusion": confusion_svg(confusion, chosen.info["classes"]),
+        "confusion": confusion_svg(confusion, chosen.info["classes"], reported_split(chosen)),
         "curves": curve_svgs([best_on_val(group) for group in groups]),
         "weights": weights_svg(chosen.info["weights"]),
         "legend": list(zip(chosen.info["classes"], palette(len(confusion)).tolist(), strict=True)),
@@ -98,204 +112,49 @@ def write_report(
     return out
 
 
-def results_table(runs: Sequence[Path]) -> pd.DataFrame:
-    """Tabulate runs, best on val first; runs that differ only in their seed share a row.
-
-    Args:
-        runs: Run folders of one task.
-
-    Returns:
-        Columns run, kind, seeds, metric, val, test (means over the seeds), spread (standard deviation of
-        test over the seeds, NaN for one), low, high (bootstrap interval of test; over several seeds the
-        mean of each end), parameters, seconds, chosen (whether this fusion is best on val).
-
-    Raises:
-        RunError: A run folder is incomplete, or the runs have different tasks.
-    """
-    return tabulate(group_seeds(open_runs(runs)))
-
-
-def format_table(table: pd.DataFrame) -> str:
-    """Lay out a table of `results_table` as plain text for a terminal."""
-    rows = format_cells(table)
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    lines = [dict(zip(widths, widths, strict=True)), *rows]
-    text = ["  ".join(line[name].ljust(width) for name, width in widths.items()).rstrip() for line in lines]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:], choice_sentence(table)])
-
-
 def answer(table: pd.DataFrame) -> str:
     """The outcome in a sentence or two: the chosen row, and the best baseline beside it."""
     rows = format_cells(table)
-    metric, best = table["metric"].iloc[0], rows[int(table["chosen"].argmax())]
-    words = f"Chosen: {best['run'].removeprefix('* ')}, test {metric} {best[f'test {metric}']}"
-    words += f" (interval {best['interval']})."
+    best, level = rows[int(table["chosen"].argmax())], percent(table["level"].iloc[0])
+    figure = f"{table['split'].iloc[0]} {table['metric'].iloc[0]}"
+    words = f"Chosen: {best['run'].removeprefix('* ')}, {figure} {best[figure]}"
+    words += f" ({level} interval {best[f'{level} interval']})."
     baselines = [row for row, kind in zip(rows, table["kind"], strict=True) if kind == "baseline"]
     if baselines and baselines[0] is not best:
         simple = baselines[0]
-        words += f" Best on val among the baselines: {simple['run']}, test {simple[f'test {metric}']}."
+        words += f" Best on val among the baselines: {simple['run']}, {figure} {simple[figure]}."
     return words
 
 
-def choice_sentence(table: pd.DataFrame) -> str:
-    """How the marked row was chosen, in words."""
-    among = "the fusions" if (table["kind"] == "fusion").any() else "these runs"
-    metric = table["metric"].iloc[0]
-    return f"* chosen: highest {metric} on val among {among}. The test split had no part in the choice."
-
-
-def require(path: Path | str, found: Any, names: list[str]) -> None:
-    """Refuse a record or table that lacks some of these fields or columns."""
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise RunError(f"{path} has no {', '.join(missing)}; {REMEDY}")
-
-
-def open_runs(folders: Sequence[Path]) -> list[Run]:
-    """Open run folders and see that they can stand in one table."""
-    runs = [open_run(folder) for folder in folders]
-    for run in runs:
-        require(run.path / "run.json", run.info, RUN_FIELDS)
-        for split in ("val", "test"):
-            place = f"{run.path / 'metrics.json'}, {split},"
-            require(place, run.metrics.get(split, {}), [main_metric(run)])
-    tasks = {run.info["task"]: f"{run.path} ({run.info['task']})" for run in runs}
-    if len(tasks) != 1:
-        named = ", ".join(tasks.values()) or "none"
-        raise RunError(f"a table needs runs of one task, got: {named}; name the folders of one task's runs")
-    return runs
-
-
 def predictions(run: Run, columns: list[str]) -> pd.DataFrame:
-    """These columns of a run's predictions, one row per test tile."""
+    """These columns of a run's predictions, one row per tile of the reported split."""
     path = run.path / "predictions.parquet"
     if not path.is_file():
         raise RunError(f"{path} is missing; {REMEDY}")
     table = pd.read_parquet(path)
     require(path, table, ["split", *columns])
-    return table.loc[table["split"] == "test", columns].reset_index(drop=True)
-
-
-def main_metric(run: Run) -> str:
-    """The metric that runs of this task are ranked by."""
-    return MAIN_METRIC[run.info["task"]]
-
-
-def interval(run: Run, metric: str) -> tuple[float, float]:
-    """Ends of the interval of a test metric; NaN where none was computed."""
-    low, high = run.metrics["test"].get("interval", {}).get(metric, (math.nan, math.nan))
-    return low, high
-
-
-def group_seeds(runs: Sequence[Run]) -> list[list[Run]]:
-    """Group the runs that differ only in their seed, in order of their first run."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        info = run.info
-        same = [info["kind"], info["fusion"], info["head"], info["parameters"], info["timesteps"]]
-        same += [[layer["name"] for layer in info["layers"]], info["store"]["hashes"]]
-        if info["kind"] == "baseline":
-            same.append(info["name"])
-        groups.setdefault(json.dumps(same), []).append(run)
-    result: list[list[Run]] = []
-    for group in groups.values():
-        # a seed twice means that something else differs, which an average would hide
-        repeated = len({run.info["seed"] for run in group}) < len(group)
-        result.extend([[run] for run in group] if repeated else [group])
-    return result
-
-
-def choose(groups: Sequence[list[Run]]) -> list[Run]:
-    """The fusion (without any: the baseline) with the highest mean on val."""
-    fusions = [group for group in groups if group[0].info["kind"] == "fusion"]
-    return max(fusions or groups, key=lambda group: mean(group, "val"))
-
-
-def best_on_val(group: Sequence[Run]) -> Run:
-    """The seed with the highest value on val."""
-    return max(group, key=lambda run: mean([run], "val"))
-
-
-def mean(group: Sequence[Run], split: str) -> float:
-    """Mean over the seeds of the metric that runs are ranked by."""
-    return float(np.mean([run.metrics[split][main_metric(run)] for run in group]))
-
-
-def tabulate(groups: Sequence[list[Run]]) -> pd.DataFrame:
-    """The rows of `results_table`."""
-    chosen = choose(groups)
-    rows = [{**summarise(group), "chosen": group is chosen} for group in groups]
-    return pd.DataFrame(rows).sort_values("val", ascending=False, kind="stable", ignore_index=True)
-
-
-def summarise(group: Sequence[Run]) -> dict[str, Any]:
-    """One row of `results_table`, without the choice."""
-    first, metric = group[0].info, main_metric(group[0])
-    low, high = np.mean([interval(run, metric) for run in group], axis=0)
-    tests = [run.metrics["test"][metric] for run in group]
-    averaged = len(group) > 1 and first["kind"] == "fusion"
-    return {
-        "run": f"{first['fusion']} + {first['head']}" if averaged else first["name"],
-        "kind": first["kind"],
-        "seeds": [run.info["seed"] for run in group],
-        "metric": metric,
-        "val": mean(group, "val"),
-        "test": mean(group, "test"),
-        "spread": float(np.std(tests, ddof=1)) if len(group) > 1 else math.nan,
-        "low": float(low),
-        "high": float(high),
-        "parameters": first["parameters"],
-        "seconds": float(np.mean([run.info["seconds"] for run in group])),
-    }
-
-
-def format_cells(table: pd.DataFrame) -> list[dict[str, str]]:
-    """The texts of a table of `results_table`, row by row, for the terminal and the page alike."""
-    rows = []
-    for row in table.to_dict("records"):
-        mark = "* " if row["chosen"] else ""
-        note = " (baseline)" if row["kind"] == "baseline" else ""
-        spread = "" if math.isnan(row["spread"]) else f" ± {row['spread']:.3f}"
-        cells = {
-            "run": f"{mark}{row['run']}{note}",
-            f"val {row['metric']}": score(row["val"]),
-            f"test {row['metric']}": score(row["test"]) + spread,
-            "interval": span(row["low"], row["high"]),
-            "seeds": ", ".join("–" if seed is None else str(seed) for seed in row["seeds"]),
-            "parameters": f"{row['parameters']:,}",
-            "seconds": f"{row['seconds']:.1f}",
-        }
-        rows.append(cells)
-    return rows
-
-
-def score(value: float) -> str:
-    """Three decimals, or a dash where there is no value."""
-    return "–" if math.isnan(value) else f"{value:.3f}"
-
-
-def span(low: float, high: float) -> str:
-    """An interval, or a dash where there is none."""
-    return "–" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+    return table.loc[table["split"] == reported_split(run), columns].reset_index(drop=True)
 
 
 def score_cells(run: Run) -> list[dict[str, str]]:
     """Every metric of one run, as texts."""
-    test = run.metrics["test"]
+    split = reported_split(run)
+    reported = run.metrics[split]
+    level = percent(run.metrics["evaluate"]["level"])
     return [
         {
             "metric": name,
             "val": score(run.metrics["val"].get(name, math.nan)),
-            "test": score(test[name]),
-            "interval": span(*interval(run, name)),
+            split: score(reported[name]),
+            f"{level} interval": span(*interval(run, name)),
         }
-        for name in test
+        for name in reported
         if name != "interval"
     ]
 
 
-def confusion_on_test(run: Run) -> NDArray[np.int64]:
-    """(C, C) confusion matrix of all test tiles: counts of tiles, or of pixels for a segmentation."""
+def confusion_of(run: Run) -> NDArray[np.int64]:
+    """(C, C) confusion matrix of the reported tiles: counts of tiles, or of pixels for a segmentation."""
     classes = len(run.info["classes"])
     if run.info["task"] == "classification":
         table = predictions(run, ["target", "predicted"])
@@ -313,11 +172,11 @@ def class_cells(confusion: NDArray[np.int64], classes: list[str]) -> list[dict[s
     return [{str(name): str(cell) for name, cell in row.items()} for row in table.to_dict("records")]
 
 
-def confusion_svg(confusion: NDArray[np.int64], classes: list[str]) -> Markup:
+def confusion_svg(confusion: NDArray[np.int64], classes: list[str], split: str) -> Markup:
     """Confusion matrix in percent of each row, so that rare classes are as readable as common ones."""
     percent = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     cells = [[f"{value:.0f}" for value in row] for row in percent]
-    return Markup(heat_map_svg(percent, classes, classes, "Confusion matrix on the test split", cells))
+    return Markup(heat_map_svg(percent, classes, classes, f"Confusion matrix on the {split} split", cells))
 
 
 def weights_svg(weights: dict[str, Any] | None) -> Markup | None:
@@ -346,7 +205,7 @@ def curve_svgs(runs: Sequence[Run]) -> list[Markup]:
 
 
 def pictures(run: Run, preview: Preview) -> dict[str, list[dict[str, Any]]]:
-    """Cards of test tiles under their headings; each card has images (label, uri, alt) and a caption."""
+    """Cards of reported tiles under their headings; each card has images (label, uri, alt) and a caption."""
     cards = tile_cards(run, preview) if run.info["task"] == "classification" else mask_cards(run, preview)
     return {heading: shown for heading, shown in cards.items() if shown}
 
@@ -378,7 +237,7 @@ def class_cards(table: pd.DataFrame, run: Run, preview: Preview) -> list[dict[st
 
 
 def mask_cards(run: Run, preview: Preview) -> dict[str, list[dict[str, Any]]]:
-    """Image, truth and prediction of the saved test tiles: worst first, then those nearest the median."""
+    """Image, truth and prediction of the saved tiles: worst first, then those nearest the median."""
     path = run.path / "masks.npz"
     if not path.is_file():
         return {}

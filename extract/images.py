@@ -36,20 +36,24 @@ def to_rgb(tile: Tile, settings: ImageSettings) -> Floats:
         (3, H, W) float32 in [0, 1].
 
     Raises:
-        ImageError: wrong number of bands, an undeclared scale, or a scale that saturates every pixel.
+        ImageError: wrong number of bands, no pixel with data, an undeclared scale, or a scale that
+            saturates every pixel.
     """
-    raw = tile.image[_band_positions(tile, settings.bands)]
-    scale = np.float32(_scale(tile, raw, settings))
+    positions = _band_positions(tile, settings.bands)
     with np.errstate(over="ignore"):  # a no-data value may lie beyond float32
-        scaled = raw.astype(np.float32) * scale + np.float32(settings.offset)
-    valid = tile.valid & np.isfinite(scaled).all(axis=0)
+        raw = tile.image[positions].astype(np.float32)
+    valid = tile.valid & np.isfinite(raw).all(axis=0)
     if not valid.any():
         raise ImageError(f"tile {tile.record.tile_id}: no pixel holds data")
+    held = raw[:, valid]
+    value_range = f"values {held.min():g} to {held.max():g}"
+    scale = _scale(tile, settings, value_range)
+    with np.errstate(over="ignore"):
+        scaled = raw * np.float32(scale) + np.float32(settings.offset)
     if (scaled[:, valid] > 1).all():
         raise ImageError(
-            f"tile {tile.record.tile_id}: value * {_scale(tile, raw, settings):g} + {settings.offset:g} is "
-            f"above 1 everywhere ({_value_range(raw)}); expected source.scale to bring values into [0, 1], "
-            "e.g. 1/10000"
+            f"tile {tile.record.tile_id}: value * {scale:g} + {settings.offset:g} is above 1 everywhere "
+            f"({value_range}); expected source.scale to bring values into [0, 1], e.g. 1/10000"
         )
     rgb: Floats = np.clip(scaled, 0, 1)
     rgb[:, ~valid] = rgb[:, valid].mean(axis=1, keepdims=True)
@@ -80,19 +84,15 @@ def _band_position(tile: Tile, band: int | str, held: str) -> int:
     return band - 1
 
 
-def _scale(tile: Tile, raw: NDArray[np.generic], settings: ImageSettings) -> float:
+def _scale(tile: Tile, settings: ImageSettings, value_range: str) -> float:
     if settings.scale is not None:
         return settings.scale
-    if raw.dtype == np.uint8:
+    if tile.image.dtype == np.uint8:
         return 1 / 255
     raise ImageError(
-        f"tile {tile.record.tile_id}: {raw.dtype} pixels without a declared scale ({_value_range(raw)}); set "
-        "source.scale so that value * scale + offset lies in [0, 1], e.g. 1/10000"
+        f"tile {tile.record.tile_id}: {tile.image.dtype} pixels without a declared scale ({value_range}); "
+        "set source.scale so that value * scale + offset lies in [0, 1], e.g. 1/10000"
     )
-
-
-def _value_range(raw: NDArray[np.generic]) -> str:
-    return f"values {np.nanmin(raw):g} to {np.nanmax(raw):g}"
 
 
 def raw_means(tile: Tile) -> list[float]:

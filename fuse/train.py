@@ -24,7 +24,7 @@ from tqdm import tqdm
 from satdifuser.errors import RunError, SettingsError
 from satdifuser.fuse.data import MapLoader, Statistics, channels_by_stride
 from satdifuser.fuse.fusion import FeatureMaps
-from satdifuser.fuse.network import Network, build_network
+from satdifuser.fuse.network import HEADS, Network, build_network, choose_widths
 from satdifuser.fuse.run_folder import (
     CHECKPOINT_FILE,
     RUN_FILE,
@@ -40,7 +40,8 @@ from satdifuser.store.reader import FeatureStore, Indices
 from satdifuser.store.schema import differing_fields
 
 UNLABELLED = -1
-SELECTION = {"classification": "accuracy", "segmentation": "miou"}  # validation metric
+MAIN_METRIC = {"classification": "accuracy", "segmentation": "miou"}
+"""What is best of a task: decides on val which epoch, probe or run is chosen."""
 
 Prediction = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Probabilities (B, classes) or (B, classes, H, W), and targets (B,) or (B, H, W)."""
@@ -168,7 +169,7 @@ class Training:
         began = time.monotonic()
         loss = self._train_epoch(epoch)
         metrics = measure(self.store, predict(self.network, self.val, self.settings, self.statistics))
-        value = metrics[SELECTION[str(self.store.attributes.task)]]
+        value = metrics[MAIN_METRIC[str(self.store.attributes.task)]]
         self.epoch = epoch + 1
         if value > self.best_value:
             self.best_value, self.best_epoch = value, self.epoch
@@ -227,14 +228,14 @@ class Training:
             setattr(self, name, state[name])
 
     def describe(self) -> dict[str, Any]:
-        """The run's run.json."""
-        a = self.store.attributes
+        """The run's run.json; ``resolved`` says what became of the settings that may be ``auto``."""
+        a, resolved = self.store.attributes, self._resolved()
         return {
             "format_version": 1,
             "kind": "fusion",
             "task": a.task,
             "fusion": self.fusion,
-            "head": {"classification": "linear", "segmentation": "upernet"}[str(a.task)],
+            "head": resolved["head"],
             "seed": self.seed,
             "classes": a.classes,
             "ignore_value": a.ignore_value,
@@ -242,11 +243,23 @@ class Training:
             "layers": [layer.model_dump() for layer in a.layers],
             "store": {"path": str(self.store.path), "hashes": self.store.hashes().model_dump()},
             "fit": self.settings.model_dump(mode="json"),
+            "resolved": resolved,
             "history": self.history,
             "best_epoch": self.best_epoch,
             "parameters": sum(p.numel() for p in self.network.parameters()),
             "seconds": round(sum(row["seconds"] for row in self.history), 3),
             "weights": self._mixing_weights(),
+        }
+
+    def _resolved(self) -> dict[str, Any]:
+        a = self.store.attributes
+        projection, norm_groups = choose_widths(channels_by_stride(self.store), self.settings)
+        return {
+            "task": a.task,
+            "head": HEADS[a.task] if a.task else None,
+            "projection": projection,
+            "norm_groups": norm_groups,
+            "device": str(self.device),
         }
 
     def _mixing_weights(self) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ before the data it vouches for.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import uuid
@@ -21,17 +20,26 @@ PARTIAL_SUFFIX = ".partial"
 class DurableStore(LocalStore):
     """A `LocalStore` that syncs each file before renaming it into place.
 
-    ``written`` maps every key set since the last `forget` to its (size in bytes, SHA-256).
+    ``written`` maps every key set since the last `forget` to its (size in bytes, SHA-256). After a write
+    has failed, none is taken any more.
     """
 
     def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
         super().__init__(root, read_only=read_only)
         self.written: dict[str, tuple[int, str]] = {}
+        self._failure: OSError | None = None
 
     async def set(self, key: str, value: Buffer) -> None:
+        """Write one file, in the event loop itself: so no write is under way when another one fails."""
         self._check_writable()
+        if self._failure is not None:
+            raise self._failure
         data = value.to_bytes()
-        await asyncio.to_thread(write_durably, self.root / key, data)
+        try:
+            write_durably(self.root / key, data)
+        except OSError as error:
+            self._failure = error
+            raise
         self.written[key] = (len(data), hashlib.sha256(data).hexdigest())
 
     def forget(self) -> None:
@@ -69,6 +77,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_orphans(root: Path) -> int:

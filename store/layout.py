@@ -90,7 +90,6 @@ def _create_values(
         fill_value=0 if dtype.kind == "i" else np.nan,
         compressors=value_codecs(attributes.encoding),
         dimension_names=("tile", "timestep", "layer", "channel", "y", "x"),
-        config={"write_empty_chunks": True},
     )
 
 
@@ -112,5 +111,4 @@ def _table(
         fill_value=fill_value,
         compressors=table_codecs(),
         dimension_names=("tile", *dimensions),
-        config={"write_empty_chunks": True},
     )

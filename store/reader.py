@@ -1,12 +1,10 @@
-"""Reads a feature store: its tile table, targets, pooled features and batches of feature maps.
+"""A feature store for its readers: tile table, targets, pooled features and batches of feature maps.
 
 Legend: B tiles of a batch, N tiles, T timesteps, L layers of one group, C channels, H and W feature pixels.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,29 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from satdifuser.errors import SettingsError, StoreError, suggest
-from satdifuser.store.encoding import Floats, decode
+from satdifuser.store.encoding import Floats, content_digest, decode
 from satdifuser.store.layout import SPLITS, TEXT_FIELDS
-from satdifuser.store.schema import (
-    ATTRIBUTE_KEY,
-    FORMAT_VERSION,
-    Attributes,
-    Hashes,
-    bytes_per_tile,
-    canonical_hash,
-    group_layers,
-)
+from satdifuser.store.metadata import is_store
+from satdifuser.store.schema import Hashes, bytes_per_tile, group_layers, labels_hash
+from satdifuser.store.shards import Indices, ShardedStore
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-Indices = NDArray[np.intp]
-WORTHWHILE_GAP = 3  # tiles read in vain rather than with another request
+__all__ = ["Batch", "FeatureStore", "Indices", "decode_groups", "is_store", "open_store"]
 
 
 @dataclass(frozen=True)
@@ -54,14 +43,6 @@ class Batch:
     indices: Indices  # rows in the store
 
 
-def is_store(path: Path) -> bool:
-    """Say whether `path` holds a feature store of any version."""
-    try:
-        return ATTRIBUTE_KEY in json.loads((path / "zarr.json").read_bytes())["attributes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def open_store(path: str | Path) -> FeatureStore:
     """Open a feature store for reading.
 
@@ -74,23 +55,21 @@ def open_store(path: str | Path) -> FeatureStore:
     return FeatureStore(Path(path))
 
 
-class FeatureStore:
+class FeatureStore(ShardedStore):
     """A feature store on disk.
 
-    Opening reads metadata only; features are read when asked for. Methods that return features refuse a
-    store with missing shards.
+    Opening reads metadata only; features are read when asked for. Whatever is asked of rows of a shard that
+    is missing or damaged raises StoreError.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.attributes = _read_attributes(path)
+        super().__init__(path)
         self.groups = group_layers(self.attributes.layers)
-        self._root = zarr.open_group(path, mode="r")
 
     def __repr__(self) -> str:
         a = self.attributes
         splits = ", ".join(f"{count} {name}" for name, count in self.split_counts().items())
-        state = "" if not self.missing_shards() else f"\n  INCOMPLETE: {self._missing_text()}"
+        state = "" if not self.missing_shards() else f"\n  INCOMPLETE: {self.missing_text()}"
         return (
             f"<FeatureStore {self.path}>\n"
             f"  tiles      {a.tiles} of {a.tile_size[0]} x {a.tile_size[1]} px ({splits})\n"
@@ -101,79 +80,22 @@ class FeatureStore:
             f"  backbone   {a.backbone.get('model')}{state}"
         )
 
-    # --- completeness and identity
-
-    @cached_property
-    def commits(self) -> list[dict[str, Any]]:
-        """Commit records by shard; an empty one where the shard is missing."""
-        try:
-            texts = self._read("commits")
-            return [json.loads(str(text)) if str(text) else {} for text in texts]
-        except (RuntimeError, ValueError) as error:
-            raise StoreError(f"{self.path}: a commit record is damaged ({error})") from error
-
-    def missing_shards(self) -> list[int]:
-        """Shards without a commit record."""
-        return [shard for shard, record in enumerate(self.commits) if not record]
-
-    @cached_property
-    def file_problems(self) -> list[str]:
-        """Committed files that are missing or of another size; Zarr would read a missing one as fill."""
-        problems = []
-        for shard, record in enumerate(self.commits):
-            for key, (size, _) in sorted(record.get("files", {}).items()):
-                path = self.path / key
-                if not path.is_file():
-                    problems.append(f"shard {shard}: {key} is missing")
-                elif path.stat().st_size != size:
-                    found = path.stat().st_size
-                    problems.append(f"shard {shard}: {key} has {found} bytes, committed were {size}")
-        return problems
-
-    def require_complete(self) -> None:
-        """Raise StoreError unless every shard is committed and its files are there."""
-        if self.file_problems:
-            raise StoreError(
-                f"{self.path}: {self.file_problems[0]} ({len(self.file_problems)} such files); extract it "
-                "again with --overwrite, or copy the store anew"
-            )
-        if self.missing_shards():
-            raise StoreError(
-                f"{self.path}: {self._missing_text()}; run the same `satdifuser extract` command again to "
-                "complete it"
-            )
-
-    def _missing_text(self) -> str:
-        missing = self.missing_shards()
-        tiles = sum(np.diff(self.attributes.shard_range(shard))[0] for shard in missing)
-        named = ", ".join(map(str, missing[:5])) + ("…" if len(missing) > 5 else "")
-        return (
-            f"{len(missing)} of {self.attributes.shards} shards are missing ({tiles} tiles; shards {named})"
-        )
+    # --- identity
 
     def hashes(self) -> Hashes:
         """The three hashes; `labels` reads the targets' digests and partitions."""
         planned = self.attributes.planned
-        return Hashes(feature=planned.feature, contents=planned.contents, labels=self._labels_hash())
-
-    def _labels_hash(self) -> str:
         order = np.argsort(self._text("tile_id"))
-        partitions = {
-            name: self._read(f"tiles/partitions/{name}")[order].tolist() for name in self.partitions()
-        }
         targets = self._text("target_digest")[order].tolist()
-        return canonical_hash([self.attributes.classes, targets, partitions])
+        partitions = {n: self.table(f"tiles/partitions/{n}")[order].tolist() for n in self.partitions()}
+        labels = labels_hash(self.attributes.classes, targets, partitions)
+        return Hashes(feature=planned.feature, contents=planned.contents, labels=labels)
 
     def content_digest(self) -> str | None:
         """SHA-256 over all tiles' digests in tile_id order; None while shards are missing."""
         if self.missing_shards():
             return None
-        pairs = sorted(zip(self._text("tile_id"), self._text("digest"), strict=True))
-        return hashlib.sha256("".join(f"{a}\0{b}\n" for a, b in pairs).encode()).hexdigest()
-
-    def size_bytes(self) -> int:
-        """Bytes of all committed files."""
-        return sum(size for record in self.commits for size, _ in record.get("files", {}).values())
+        return content_digest(self._text("tile_id"), self._text("digest"))
 
     # --- tables
 
@@ -183,19 +105,19 @@ class FeatureStore:
         import pandas as pd
 
         table = pd.DataFrame({name: self._text(name) for name in TEXT_FIELDS})
-        table.insert(1, "split", np.array(SPLITS)[self._read("tiles/partitions/default")])
+        table.insert(1, "split", np.array(SPLITS)[self.table("tiles/partitions/default")])
         if self.attributes.task == "classification":
-            table.insert(2, "label", self._read("targets/label"))
-        bounds = self._read("tiles/bounds")
+            table.insert(2, "label", self.table("targets/label"))
+        bounds = self.table("tiles/bounds")
         for column, name in enumerate(("left", "bottom", "right", "top")):
             table[name] = bounds[:, column]
-        table["valid_share"] = self._read("tiles/valid_share")
-        table["padded"] = self._read("tiles/padded")
+        table["valid_share"] = self.table("tiles/valid_share")
+        table["padded"] = self.table("tiles/padded")
         return table
 
     def partitions(self) -> list[str]:
         """Names of the partitions held."""
-        return sorted(name for name, _ in self._group("tiles/partitions").arrays())
+        return sorted(file.parent.name for file in (self.path / "tiles/partitions").glob("*/zarr.json"))
 
     def split_counts(self) -> dict[str, int]:
         """Tiles per split, skipped tiles apart."""
@@ -227,11 +149,11 @@ class FeatureStore:
     def targets(self, rows: Indices) -> NDArray[np.generic] | None:
         """Labels (B,) int32 or masks (B, H, W) uint8 of some rows; None where there are no targets."""
         name = {"classification": "label", "segmentation": "mask", None: None}[self.attributes.task]
-        return None if name is None else self._gather(f"targets/{name}", rows)
+        return None if name is None else self.gather(f"targets/{name}", rows)
 
     def colour(self, rows: Indices) -> Floats:
         """Colour statistics (B, statistic) float32 of some rows."""
-        statistics: Floats = self._gather("tiles/colour", rows)
+        statistics: Floats = self.gather("tiles/colour", rows)
         return statistics
 
     def previews(self, rows: Indices) -> NDArray[np.uint8]:
@@ -242,7 +164,7 @@ class FeatureStore:
         """
         if not self.attributes.previews:
             raise StoreError(f"{self.path}: holds no previews; extract with store.previews: true")
-        pictures: NDArray[np.uint8] = self._gather("previews/rgb", rows)
+        pictures: NDArray[np.uint8] = self.gather("previews/rgb", rows)
         return pictures
 
     # --- features
@@ -278,7 +200,7 @@ class FeatureStore:
 
     def pooled_group(self, group: str, rows: Indices) -> Floats:
         """Pooled features (B, T, L, C) float32 of one group and some rows."""
-        pooled: Floats = self._gather(f"features/{group}/pooled", rows)
+        pooled: Floats = self.gather(f"features/{group}/pooled", rows)
         return pooled
 
     def layer_positions(self, pattern: str = "*") -> list[tuple[str, int, str]]:
@@ -307,7 +229,7 @@ class FeatureStore:
         """Stored values and scales of some rows, as they are kept: group name to array name to array."""
         names = [name for name in self.array_names() if pooled or name != "pooled"]
         return {
-            group: {name: self._gather(f"features/{group}/{name}", rows) for name in names}
+            group: {name: self.gather(f"features/{group}/{name}", rows) for name in names}
             for group in self.groups
         }
 
@@ -343,64 +265,14 @@ class FeatureStore:
         """The whole store as a lazy, dask-backed xarray DataTree."""
         import xarray as xr
 
+        self.require_complete()
         n = self.attributes.tiles_per_shard
         return xr.open_datatree(self.path, engine="zarr", consolidated=False, chunks={"tile": n})
 
-    # --- raw access
-
-    def _group(self, name: str) -> zarr.Group:
-        group = self._root[name]
-        if not isinstance(group, zarr.Group):
-            raise StoreError(f"{self.path}: {name} is an array, expected a group")
-        return group
-
-    def _read(self, name: str) -> Any:
-        return self._root[name][...]  # type: ignore[index]
-
     def _text(self, name: str) -> Any:
-        return self._read(f"tiles/{name}")
-
-    def _gather(self, name: str, rows: Indices) -> Any:
-        """Read rows in ascending stretches, so that neighbours cost one request, and restore their order."""
-        array: Any = self._root[name]
-        order = np.argsort(rows, kind="stable")
-        out = np.empty((len(rows), *array.shape[1:]), array.dtype)
-        for places in np.split(order, _stretches(rows[order], self.attributes.tiles_per_shard)):
-            if len(places):
-                first, last = int(rows[places[0]]), int(rows[places[-1]])
-                out[places] = array[first : last + 1][rows[places] - first]
-        return out
-
-
-def _stretches(ascending: Indices, longest: int) -> Indices:
-    """Where to cut ascending rows: at shard borders, and at gaps that would cost more than a request."""
-    if not len(ascending):
-        return np.empty(0, np.intp)
-    far = np.diff(ascending) > WORTHWHILE_GAP
-    other_shard = np.diff(ascending // longest) > 0
-    cuts: Indices = np.flatnonzero(far | other_shard) + 1
-    return cuts
+        return self.table(f"tiles/{name}")
 
 
 def decode_groups(encoded: dict[str, dict[str, NDArray[np.generic]]]) -> dict[str, Floats]:
     """Decode what `FeatureStore.stored` returns."""
     return {name: decode(arrays["values"], arrays.get("scale")) for name, arrays in encoded.items()}  # type: ignore[arg-type]
-
-
-def _read_attributes(path: Path) -> Attributes:
-    if not path.exists():
-        raise StoreError(f"{path}: no such store")
-    if not is_store(path):
-        raise StoreError(f"{path}: not a feature store (no {ATTRIBUTE_KEY!r} attributes in its zarr.json)")
-    stored = json.loads((path / "zarr.json").read_bytes())["attributes"][ATTRIBUTE_KEY]
-    version = stored.get("format_version") if isinstance(stored, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise StoreError(
-            f"{path}: format version {version} is newer than this software reads ({FORMAT_VERSION}); "
-            "update satdifuser"
-        )
-    try:
-        return Attributes.model_validate(stored)
-    except ValidationError as error:
-        places = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise StoreError(f"{path}: its attributes are damaged: {places}") from error

@@ -114,6 +114,13 @@ def contents_hash(tile_ids: Sequence[str], timesteps: Sequence[int], layers: Seq
     return canonical_hash({"tiles": list(tile_ids), "timesteps": list(timesteps), "layers": names})
 
 
+def labels_hash(
+    classes: Sequence[str], target_digests: Sequence[str], partitions: Mapping[str, Sequence[int]]
+) -> str:
+    """The `labels` hash: class names, targets' digests and split codes, in tile_id order."""
+    return canonical_hash([classes, target_digests, partitions])
+
+
 def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Name every leaf in which two nested mappings differ, as ``a.b: theirs, now ours``."""
     mine, other = _flatten(ours), _flatten(theirs)

@@ -24,7 +24,8 @@ from satdifuser.errors import StoreError
 from satdifuser.store.encoding import Floats, tile_digests
 from satdifuser.store.files import DurableStore, remove_orphans, sync_folder
 from satdifuser.store.layout import SPLITS, create_arrays
-from satdifuser.store.reader import FeatureStore, is_store
+from satdifuser.store.metadata import is_store, seal
+from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import ATTRIBUTE_KEY, Attributes, differing_fields
 
 Encoded = dict[str, dict[str, NDArray[np.generic]]]  # group to array name to (B, ...)
@@ -54,9 +55,12 @@ def create_store(path: Path, attributes: Attributes) -> None:
     """Create an empty store: all metadata or nothing, whenever the process dies."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.creating")
     try:
-        root = zarr.create_group(DurableStore(partial), zarr_format=3)
+        files = DurableStore(partial)
+        root = zarr.create_group(files, zarr_format=3)
         create_arrays(root, attributes)
         root.attrs[ATTRIBUTE_KEY] = attributes.model_dump(mode="json")
+        seal(partial)
+        files.sync_folders()
         partial.rename(path)
         sync_folder(path.parent)
     except OSError as error:
@@ -110,10 +114,10 @@ class StoreWriter:
     """Fills a store; the only writer of its shards."""
 
     def __init__(self, path: Path) -> None:
+        self._store = FeatureStore(path)
         remove_orphans(path)
         self._files = DurableStore(path)
         self._root = zarr.open_group(self._files, mode="r+")
-        self._store = FeatureStore(path)
         self.attributes = self._store.attributes
 
     def missing_shards(self) -> list[int]:
@@ -139,6 +143,7 @@ class StoreWriter:
         """
         self._files.forget()
         try:
+            self._clear(shard)
             self._write_data(shard, rows, batches)
             self._files.sync_folders()
             files = dict(self._files.written)
@@ -146,6 +151,13 @@ class StoreWriter:
         except OSError as error:
             raise _write_error(Path(self._files.root), error, shard) from error
         return sum(size for size, _ in files.values())
+
+    def _clear(self, shard: int) -> None:
+        """Delete what an earlier attempt left: Zarr reads the last, shorter shard before it writes to it."""
+        for group in self._store.groups:
+            left = self._store.path / f"features/{group}/values/c/{shard}"
+            if left.exists():
+                shutil.rmtree(left)
 
     def _write_data(self, shard: int, rows: Sequence[TileRow], batches: Sequence[Encoded]) -> None:
         here = slice(*self.attributes.shard_range(shard))
@@ -194,7 +206,9 @@ class StoreWriter:
         self._files.sync_folders()
 
     def _array(self, name: str) -> Any:
-        return self._root[name]
+        """An array that writes chunks of mere fill values too: a file that is not there is damage."""
+        array: Any = self._root[name]
+        return array.with_config({"write_empty_chunks": True})
 
 
 def _texts(items: Any) -> NDArray[Any]:
@@ -208,4 +222,7 @@ def _write_error(path: Path, error: OSError, shard: int | None = None) -> StoreE
             f"{where}: the disk is full; committed shards are kept: free some space and run the same "
             "command again"
         )
-    return StoreError(f"{where}: cannot write: {error}")
+    return StoreError(
+        f"{where}: cannot write: {error}; committed shards are kept: mend the cause and run the same command "
+        "again"
+    )

@@ -60,6 +60,13 @@ def test_pixels_without_data_take_the_mean_colour(nodata: float) -> None:
     np.testing.assert_allclose(rgb, np.broadcast_to([[[0.1]], [[0.2]], [[0.3]]], (3, 4, 4)), rtol=1e-6)
 
 
+def test_a_value_without_data_may_overflow_when_scaled() -> None:
+    image = np.full((3, 4, 4), 0.1, np.float32)
+    image[:, 0] = np.finfo(np.float32).min
+    valid = image[0] > 0
+    np.testing.assert_allclose(to_rgb(make_tile(image, valid=valid), ImageSettings(scale=2)), 0.2, rtol=1e-6)
+
+
 ERRORS = [
     (bands(4), (), {}, r"t1: it has 4 bands, expected 3; name red, green and blue .* e\.g\. \[3, 2, 1\]"),
     (
@@ -79,6 +86,32 @@ ERRORS = [
 def test_refusals(image: NDArray[Any], names: tuple[str, ...], settings: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         to_rgb(make_tile(image, names), ImageSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    ("image", "chosen", "message"),
+    [
+        (bands(3), {}, r"uint16 pixels without a declared scale \(values 1000 to 3000\)"),
+        (bands(3), {"scale": 1.0}, r"above 1 everywhere \(values 1000 to 3000\)"),
+        (bands(3, np.float64), {}, r"float64 pixels without a declared scale \(values 1000 to 3000\)"),
+    ],
+)
+def test_value_ranges_leave_out_pixels_without_data(
+    image: NDArray[Any], chosen: dict[str, Any], message: str
+) -> None:
+    valid = np.ones((4, 4), bool)
+    valid[0] = False
+    image = np.where(valid, image, 65535).astype(image.dtype)
+    if image.dtype.kind == "f":
+        image[:, 1] = np.inf
+    with pytest.raises(ImageError, match=message):
+        to_rgb(make_tile(image, valid=valid), ImageSettings(**chosen))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tile_without_data_is_refused_whatever_its_type(dtype: type) -> None:
+    with pytest.raises(ImageError, match="t1: no pixel holds data"):
+        to_rgb(make_tile(bands(3, dtype), valid=np.zeros((4, 4), bool)), ImageSettings())
 
 
 def test_colour_statistics_means_and_preview() -> None:

@@ -1,4 +1,4 @@
-"""The report page and the results table, from made-up run folders."""
+"""The report page, from made-up run folders."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ from satdifuser.evaluate.pictures import (
     png_data_uri,
     ticks,
 )
-from satdifuser.evaluate.report import ReportStore, format_table, results_table, write_report
+from satdifuser.evaluate.report import ReportStore, write_report
+from satdifuser.evaluate.results import format_table, results_table
 
 CLASSES = ["forest", "river & lake", "<b>city</b>", "bare soil"]
 LAYERS = [f"up_blocks.{i}.{part}" for i in (1, 2) for part in ("attentions.0.attn1", "resnets.0.conv2")]
@@ -40,8 +41,8 @@ TILES = 40
 
 
 def fake_run(folder: Path, **changes: Any) -> Path:
-    """Write a run folder as `fit` and `evaluate` do; `skill` is how often it is right."""
-    skill, seed = changes.pop("skill", 0.8), changes.get("seed", 0)
+    """Write a run folder as `fit` and `evaluate` do; `skill` is how often it is right on `split`."""
+    skill, seed, split = changes.pop("skill", 0.8), changes.get("seed", 0), changes.pop("split", "test")
     info = {
         "name": folder.name,
         "kind": "fusion",
@@ -64,10 +65,11 @@ def fake_run(folder: Path, **changes: Any) -> Path:
     } | changes
     predict = fake_classification if info["task"] == "classification" else fake_segmentation
     folder.mkdir(parents=True)
-    table, test = predict(folder, np.random.default_rng(seed), skill)
-    table.assign(split="test").to_parquet(folder / "predictions.parquet")
-    interval = {name: [value - 0.05, value + 0.05] for name, value in test.items()}
-    metrics = {"val": dict.fromkeys(test, skill), "test": {**test, "interval": interval}}
+    table, reported = predict(folder, np.random.default_rng(seed), skill)
+    table.assign(split=split).to_parquet(folder / "predictions.parquet")
+    interval = {name: [value - 0.05, value + 0.05] for name, value in reported.items()}
+    metrics = {"evaluate": {"split": split, "bootstrap": 1000, "level": 0.95}}
+    metrics |= {"val": dict.fromkeys(reported, skill), split: {**reported, "interval": interval}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "run.json").write_text(json.dumps(info))
     return folder
@@ -163,68 +165,13 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def test_results_table_averages_seeds_and_chooses_on_val(classification_runs: list[Path]) -> None:
-    """moe is best on test, but global is on val; the baseline is above moe on val and is not chosen."""
-    scores = json.loads((classification_runs[2] / "metrics.json").read_text())
-    scores["test"]["accuracy"] = 0.99
-    (classification_runs[2] / "metrics.json").write_text(json.dumps(scores))
-    table = results_table(classification_runs)
-    assert table["run"].tolist() == ["global + linear", "colour", "moe_0"]
-    assert table["chosen"].tolist() == [True, False, False]
-    assert table["val"].tolist() == pytest.approx([0.85, 0.75, 0.7])
-    assert table["seeds"].tolist() == [[0, 1], [0], [0]]
-    tests = [json.loads((run / "metrics.json").read_text())["test"] for run in classification_runs[:2]]
-    values = [test["accuracy"] for test in tests]
-    assert table.loc[0, ["test", "spread", "low"]].tolist() == pytest.approx(
-        [np.mean(values), np.std(values, ddof=1), np.mean(values) - 0.05]
-    )
-    assert table["spread"].isna().tolist() == [False, True, True]
-
-
-def test_a_baseline_is_never_chosen_over_a_fusion(tmp_path: Path) -> None:
-    baseline = fake_run(tmp_path / "colour", skill=0.9, kind="baseline", fusion=None, head=None)
-    fusion = fake_run(tmp_path / "moe", skill=0.5, fusion="moe")
-    assert results_table([baseline, fusion])["chosen"].tolist() == [False, True]
-    assert results_table([baseline])["chosen"].tolist() == [True]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": 0},  # the same seed again: something else must differ
-        {"timesteps": [21]},
-        {"parameters": 7},
-        {"store": {"path": "b.zarr", "hashes": {"feature": "f2", "contents": "c", "labels": "l"}}},
-    ],
-)
-def test_runs_that_differ_in_more_than_the_seed_keep_their_rows(
-    tmp_path: Path, change: dict[str, Any]
-) -> None:
-    first = fake_run(tmp_path / "a", seed=0)
-    second = fake_run(tmp_path / "b", **({"seed": 1} | change))
-    assert sorted(results_table([first, second])["run"]) == ["a", "b"]
-
-
-def test_format_table_reads_as_text(classification_runs: list[Path]) -> None:
-    lines = format_table(results_table(classification_runs)).splitlines()
-    assert re.fullmatch(r"run +val accuracy +test accuracy +interval +seeds +parameters +seconds", lines[0])
-    pattern = r"\* global \+ linear +0\.850 +0\.\d{3} ± 0\.\d{3} +0\.\d{3} to 0\.\d{3} +0, 1 +123,456 +12\.3"
-    assert re.fullmatch(pattern, lines[2])
-    assert lines[3].startswith("colour (baseline) ")
-    sentence = (
-        "* chosen: highest accuracy on val among the fusions. The test split had no part in the choice."
-    )
-    assert lines[-1] == sentence
-    assert "on val among these runs" in format_table(results_table(classification_runs[3:]))
-
-
 def test_classification_page(classification_runs: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "deep" / "report.html"
     assert write_report(classification_runs, out, "Land & water", fake_store(), "satdifuser run") == out
     page = Page(out)
     assert "Land & water" in page.words
-    assert re.search(r"Chosen: global \+ linear, test accuracy 0\.\d+ ± 0\.\d+ \(interval 0", page.words)
-    assert "Best on val among the baselines: colour (baseline), test 0." in page.words
+    assert re.search(r"Chosen: global \+ linear, test accuracy 0\.\d+ ± 0\.\d+ \(95% interval 0", page.words)
+    assert "Best on val among the baselines: colour (baseline), test accuracy 0." in page.words
     assert "The chosen run: global_1" in page.words
     assert "Of its 2 seeds" in page.words
     assert "The test split had no part in the choice." in page.words
@@ -271,7 +218,16 @@ def test_page_without_a_store_has_no_tile_images(
     assert len(page.all("img")) == 12  # truth and prediction only
     (segmentation_runs[0] / "masks.npz").unlink()
     page = Page(write_report(segmentation_runs, tmp_path / "s.html", "t"))
-    assert "Test tiles" not in page.words
+    assert "Tiles of the test split" not in page.words
+
+
+def test_page_of_another_split_than_test(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / name, split="train", fusion=name) for name in ("global", "moe")]
+    page = Page(write_report(runs, tmp_path / "r.html", "t", fake_store()))
+    assert re.search(r"Chosen: global, train accuracy 0\.\d+ \(95% interval", page.words)
+    assert "Tiles of the train split" in page.words
+    assert "Confusion matrix on train, in percent" in page.words
+    assert not re.search(r"test (accuracy|tiles|figure)|on test", page.words)
 
 
 def test_page_is_self_contained_and_escaped(classification_runs: list[Path], tmp_path: Path) -> None:
@@ -302,8 +258,6 @@ def test_broken_runs_are_named(
     run, out = classification_runs[0], tmp_path / "r.html"
     with pytest.raises(RunError, match=r"runs of one task, got: .*global_0 \(class.*, .*localized_0 \(seg"):
         write_report([run, segmentation_runs[0]], out, "t")
-    with pytest.raises(RunError, match="runs of one task, got: none; name the folders"):
-        results_table([])
     table = pd.read_parquet(run / "predictions.parquet").drop(columns="predicted")
     table.to_parquet(run / "predictions.parquet")
     with pytest.raises(
@@ -313,12 +267,6 @@ def test_broken_runs_are_named(
     (run / "predictions.parquet").unlink()
     with pytest.raises(RunError, match=r"global_0/predictions.parquet is missing; measure the run again"):
         write_report([run], out, "t")
-    (run / "metrics.json").write_text(json.dumps({"val": {"accuracy": 1.0}}))
-    with pytest.raises(RunError, match=r"metrics.json, test, has no accuracy; .*`satdifuser evaluate`"):
-        results_table([run])
-    (run / "run.json").write_text(json.dumps({"name": "x"}))
-    with pytest.raises(RunError, match=r"run.json has no kind, task, fusion, head"):
-        results_table([run])
     assert not out.exists()
 
 

@@ -14,14 +14,14 @@ from satdifuser.extract.sources import list_tiles, open_source
 from satdifuser.extract.sources.canvas import BUILT, COVERS, ROAD, TREES, WATER, Canvas, combine
 from satdifuser.extract.sources.landcover import PAINTERS, paint
 
-SMALL = SyntheticSettings(tiles=18, split=SplitShares(train=0.5, val=0.25, test=0.25))
+SMALL = SyntheticSettings(tiles=20, split=SplitShares(train=0.5, val=0.25, test=0.25))
 
 
 def test_tiles_are_balanced_placed_and_split() -> None:
     source = open_source(SyntheticSettings(tiles=900))
     records = list_tiles(source)
     assert source.classes == tuple(PAINTERS)
-    assert np.bincount([record.label for record in records if record.label is not None]).tolist() == [100] * 9
+    assert np.bincount([record.label for record in records if record.label is not None]).tolist() == [90] * 10
     assert [sum(r.split == s for r in records) for s in ("train", "val", "test")] == [540, 180, 180]
     boxes = {record.georeference.bounds(*record.size) for record in records if record.georeference}
     assert len(boxes) == 900
@@ -47,18 +47,17 @@ def test_segmentation_yields_masks_of_any_shape() -> None:
     tiles = [source.read(record) for record in list_tiles(source)]
     assert {tile.image.shape for tile in tiles} == {(3, 40, 72)}
     masks = np.stack([tile.mask for tile in tiles if tile.mask is not None])
-    assert masks.shape == (18, 40, 72)
+    assert masks.shape == (20, 40, 72)
     assert set(np.unique(masks)) == set(range(len(COVERS)))
 
 
 @pytest.mark.parametrize(
     ("kind", "cover", "low", "high"),
     [
-        ("forest", TREES, 0.8, 1.0),
+        ("forest", TREES, 0.2, 0.8),
         ("orchard", TREES, 0.05, 0.6),
-        ("residential", BUILT, 0.1, 0.5),
-        ("industrial", BUILT, 0.1, 0.9),
-        ("highway", ROAD, 0.02, 0.3),
+        ("town", BUILT, 0.2, 0.7),
+        ("town", ROAD, 0.1, 0.5),
         ("river", WATER, 0.04, 0.5),
         ("lake", WATER, 0.04, 0.5),
     ],
@@ -109,7 +108,7 @@ def texture_statistics(images: np.ndarray) -> np.ndarray:
 
 
 def test_texture_tells_scenes_apart_better_than_colour() -> None:
-    settings = SyntheticSettings(tiles=450)
+    settings = SyntheticSettings(tiles=500)
     source = open_source(settings)
     records = list_tiles(source)
     images = np.stack([source.read(record).image for record in records]).astype(np.float64)
@@ -120,7 +119,7 @@ def test_texture_tells_scenes_apart_better_than_colour() -> None:
         features = statistics(images)
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=3000))
         scores.append(model.fit(features[train], labels[train]).score(features[~train], labels[~train]))
-    assert scores[0] < 0.65
+    assert scores[0] < 0.5
     assert scores[1] > scores[0] + 0.1
 
 

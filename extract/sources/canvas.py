@@ -1,6 +1,6 @@
-"""A canvas for generated land cover: coordinates, noise, parcels and the textures of each cover.
+"""A canvas for generated land cover: coordinates, noise, parcels, dots, and two tones to paint them with.
 
-Lengths are in px. Shapes: H and W pixels of the scene, N parcels.
+Lengths are in px. Shapes: H and W pixels of the scene, N parcels or points.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import KDTree
 
-COVERS = ("crop", "trees", "grass", "built", "road", "water", "bare")
-CROP, TREES, GRASS, BUILT, ROAD, WATER, BARE = range(len(COVERS))
+COVERS = ("crop", "trees", "grass", "built", "road", "water")
+CROP, TREES, GRASS, BUILT, ROAD, WATER = range(len(COVERS))
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -22,7 +22,7 @@ LUSH, DRY, SOIL = np.array([[52.0, 88, 74], [168, 142, 118], [112, 96, 94]])
 
 
 class Canvas:
-    """A scene while it is painted: one colour and one cover for each pixel.
+    """A scene while it is painted: one colour and one cover for each pixel, at first soft grassland.
 
     Args:
         rng: Source of all randomness of the scene.
@@ -34,11 +34,21 @@ class Canvas:
         self.size = size
         rows, cols = np.indices(size, dtype=np.float64)
         self.y, self.x = rows - size[0] / 2, cols - size[1] / 2
+        self.contrast = rng.uniform(0.2, 0.5)  # between the two tones of the scene
         self.cover = np.full(size, GRASS, np.uint8)  # (H, W)
-        self.colour = np.zeros((*size, 3))  # (H, W, RGB)
-        self.wetness = rng.uniform(0, 1)  # how far this scene's vegetation is from dry to lush
-        self.variety = rng.uniform(0.05, 0.35)  # how much its parcels differ in colour
-        self.relief = rng.uniform(0.4, 1.6)  # how strong its textures are
+        self.colour = self.grassland()  # (H, W, RGB)
+
+    def grassland(self) -> Floats:
+        """Draw parcels between lush, dry and bare soil: (H, W, RGB), the same for every kind of scene."""
+        parcels = polygons(self, 22)
+        count = parcels.max() + 1
+        variety = self.rng.uniform(0.05, 0.35)
+        lush = np.clip(self.rng.normal(self.rng.uniform(0, 1), variety, (count, 1)), 0, 1)
+        soil = np.clip(self.rng.normal(0.4, variety, (count, 1)), 0, 1)
+        colours = lush * LUSH + (1 - lush) * ((1 - soil) * DRY + soil * SOIL)
+        shade = 1 + self.rng.uniform(0.02, 0.08) * self.noise(5)
+        shaded: Floats = colours[parcels] * shade[..., None]
+        return shaded
 
     def axes(self, angle: float | None = None) -> tuple[Floats, Floats]:
         """Return coordinates (H, W) px along and across a direction, random unless given."""
@@ -52,21 +62,14 @@ class Canvas:
         unit: Floats = (smooth - smooth.mean()) / (smooth.std() + 1e-9)
         return unit
 
-    def field_colours(self, count: int) -> Floats:
-        """Draw colours (N, RGB) between lush, dry and soil, the same for all kinds of vegetation."""
-        lush = np.clip(self.rng.normal(self.wetness, self.variety, (count, 1)), 0, 1)
-        soil = np.clip(self.rng.normal(0.4, self.variety, (count, 1)), 0, 1)
-        colours: Floats = lush * LUSH + (1 - lush) * ((1 - soil) * DRY + soil * SOIL)
-        return colours
-
     def fill(self, where: Bools, cover: int, colour: Floats) -> None:
         """Paint pixels with a cover and a colour (RGB), or one colour per pixel (H, W, RGB)."""
         self.cover[where] = cover
         self.colour[where] = np.broadcast_to(colour, self.colour.shape)[where]
 
-    def shade(self, texture: Floats) -> None:
-        """Brighten or darken all pixels by shares (H, W) of their colour, as strong as the scene's relief."""
-        self.colour *= 1 + self.relief * texture[..., None]
+    def darken(self, where: Bools, cover: int) -> None:
+        """Give pixels a cover and the darker tone of what lies there."""
+        self.fill(where, cover, self.colour * (1 - self.contrast))
 
 
 def cells(rng: np.random.Generator, position: Floats, low: float, high: float) -> Ints:
@@ -91,31 +94,40 @@ def rectangles(canvas: Canvas, low: float, high: float, angle: float | None = No
     return combine(strip, cells(canvas.rng, along + shift, low, 1.6 * high))
 
 
-def polygons(canvas: Canvas, spacing: float) -> tuple[Ints, Floats]:
-    """Number irregular parcels (H, W) around random points; also how near (px) pixels are to a border."""
+def polygons(canvas: Canvas, spacing: float) -> Ints:
+    """Number irregular parcels (H, W) around random points."""
     count = max(int(canvas.x.size / spacing**2), 2)
     points = canvas.rng.uniform(-0.6, 0.6, (count, 2)) * canvas.size
     wobble = 2.5 * canvas.noise(6)
     pixels = np.stack([canvas.y + wobble, canvas.x - wobble], axis=-1)
-    distance, nearest = map(np.asarray, KDTree(points).query(pixels, k=2))  # both (H, W, 2)
-    return nearest[..., 0], (distance[..., 1] - distance[..., 0]) / 2
+    return np.asarray(KDTree(points).query(pixels)[1], np.int64)
 
 
-def paint_parcels(canvas: Canvas, parcels: Ints, covers: list[int]) -> None:
-    """Give each parcel a cover, a colour and its cover's texture: crop rows, smooth grass, rough soil."""
-    count = int(parcels.max()) + 1
-    canvas.cover[:] = canvas.rng.choice(covers, count)[parcels]
-    canvas.colour[:] = canvas.field_colours(count)[parcels]
-    canvas.shade(0.05 * canvas.noise(5))
-    angle = canvas.rng.uniform(0, np.pi, count)[parcels]
-    period = canvas.rng.uniform(2.6, 4.5, count)[parcels]
-    rows = np.sin(2 * np.pi / period * (canvas.x * np.cos(angle) + canvas.y * np.sin(angle)))
-    canvas.shade(np.where(canvas.cover == CROP, 0.11 * rows, 0.0))
-    canvas.shade(np.where(canvas.cover == BARE, 0.06 * canvas.noise(0.7), 0.0))
+def some(canvas: Canvas, parcels: Ints, low: float, high: float) -> Bools:
+    """Pick a share of numbered parcels, drawn between ``low`` and ``high``: (H, W)."""
+    picked = canvas.rng.random(parcels.max() + 1) < canvas.rng.uniform(low, high)
+    where: Bools = picked[parcels]
+    return where
 
 
-def paint_trees(canvas: Canvas, where: Bools, colour: Floats) -> None:
-    """Paint woods: crowns lit from one side, with their shadows."""
-    crowns = canvas.noise(canvas.rng.uniform(0.8, 1.3))
-    lit = crowns - np.roll(crowns, (1, 1), axis=(0, 1))
-    canvas.fill(where, TREES, colour * (1 + canvas.relief * 0.11 * lit)[..., None])
+def grid_points(canvas: Canvas, pitch: float) -> Floats:
+    """Lay points (N, 2: y, x) on a square grid in a random direction, some way beyond the scene."""
+    reach = np.hypot(*canvas.size) / 2 + pitch
+    ticks = np.arange(-reach, reach, pitch)
+    grid = np.stack([axis.ravel() for axis in np.meshgrid(ticks, ticks)], axis=-1)
+    angle = canvas.rng.uniform(0, np.pi / 2)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    points: Floats = (grid + canvas.rng.uniform(0, pitch, 2)) @ turn
+    return points
+
+
+def scattered_points(canvas: Canvas, pitch: float) -> Floats:
+    """Scatter points (N, 2: y, x) at random, as many as a grid of that pitch would hold."""
+    count = max(int(canvas.x.size * 1.69 / pitch**2), 1)
+    return canvas.rng.uniform(-0.65, 0.65, (count, 2)) * canvas.size
+
+
+def discs(canvas: Canvas, points: Floats, radius: float) -> Bools:
+    """Mark the pixels (H, W) within a radius of any point."""
+    distance = KDTree(points).query(np.stack([canvas.y, canvas.x], axis=-1))[0]
+    return np.asarray(distance) < radius

@@ -1,0 +1,205 @@
+"""The results table: runs of one task side by side, best on val first, for the terminal and the page.
+
+The choice among the fusions is made by the val split; figures of the reported split (test, unless the
+settings name another) are shown, never used to choose.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from satdifuser.errors import RunError
+from satdifuser.fuse.run_folder import Run, open_run
+from satdifuser.fuse.train import MAIN_METRIC
+
+RUN_FIELDS = ["name", "kind", "task", "fusion", "head", "seed", "classes", "ignore_value", "timesteps"]
+RUN_FIELDS += ["layers", "store", "history", "parameters", "seconds", "weights"]
+REMEDY = "measure the run again: `satdifuser evaluate`, for a baseline `satdifuser fit`"
+
+
+def results_table(runs: Sequence[Path]) -> pd.DataFrame:
+    """Tabulate runs, best on val first; runs that differ only in their seed share a row.
+
+    Args:
+        runs: Run folders of one task, measured on one split.
+
+    Returns:
+        Columns run, kind, seeds, metric, split (the reported one), val, reported (means over the seeds),
+        spread (standard deviation of reported over the seeds, NaN for one), level, low, high (bootstrap
+        interval of reported; over several seeds the mean of each end), parameters, seconds, chosen
+        (whether this fusion is best on val).
+
+    Raises:
+        RunError: A run folder is incomplete, or the runs differ in task, split or level.
+    """
+    return tabulate(group_seeds(open_runs(runs)))
+
+
+def format_table(table: pd.DataFrame) -> str:
+    """Lay out a table of `results_table` as plain text for a terminal."""
+    rows = format_cells(table)
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    lines = [dict(zip(widths, widths, strict=True)), *rows]
+    text = ["  ".join(line[name].ljust(width) for name, width in widths.items()).rstrip() for line in lines]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], choice_sentence(table)])
+
+
+def choice_sentence(table: pd.DataFrame) -> str:
+    """How the marked row was chosen, in words."""
+    among = "the fusions" if (table["kind"] == "fusion").any() else "these runs"
+    metric = table["metric"].iloc[0]
+    return f"* chosen: highest {metric} on val among {among}. The test split had no part in the choice."
+
+
+def open_runs(folders: Sequence[Path]) -> list[Run]:
+    """Open run folders and see that they can stand in one table."""
+    runs = [open_run(folder) for folder in folders]
+    for run in runs:
+        metrics, path = run.metrics, run.path / "metrics.json"
+        require(run.path / "run.json", run.info, RUN_FIELDS)
+        require(path, metrics, ["evaluate"])
+        for split in ("val", reported_split(run)):
+            require(f"{path}, {split},", metrics.get(split, {}), [main_metric(run)])
+    check_alike("task", {run.path: run.info["task"] for run in runs})
+    for name in ("split", "level"):
+        check_alike(f"evaluate.{name}", {run.path: run.metrics["evaluate"][name] for run in runs})
+    return runs
+
+
+def require(path: Path | str, found: Any, names: list[str]) -> None:
+    """Refuse a record or table that lacks some of these fields or columns."""
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise RunError(f"{path} has no {', '.join(missing)}; {REMEDY}")
+
+
+def check_alike(what: str, values: dict[Path, Any]) -> None:
+    """Refuse runs that cannot be compared: of no or several tasks, splits or levels."""
+    first: dict[Any, Path] = {}
+    for path, value in values.items():
+        first.setdefault(value, path)
+    if len(first) != 1:
+        named = ", ".join(f"{path} ({value})" for value, path in first.items()) or "none"
+        raise RunError(f"a table needs runs of one {what}, got: {named}; name runs that can be compared")
+
+
+def main_metric(run: Run) -> str:
+    """The metric that runs of this task are ranked by."""
+    return MAIN_METRIC[run.info["task"]]
+
+
+def reported_split(run: Run) -> str:
+    """The split that a run was measured on, beside val."""
+    return str(run.metrics["evaluate"]["split"])
+
+
+def interval(run: Run, metric: str) -> tuple[float, float]:
+    """Ends of the interval of a reported metric; NaN where none was computed."""
+    low, high = run.metrics[reported_split(run)].get("interval", {}).get(metric, (math.nan, math.nan))
+    return low, high
+
+
+def group_seeds(runs: Sequence[Run]) -> list[list[Run]]:
+    """Group the runs that differ only in their seed, in order of their first run."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        info = run.info
+        same = [info["kind"], info["fusion"], info["head"], info["parameters"], info["timesteps"]]
+        same += [[layer["name"] for layer in info["layers"]], info["store"]["hashes"]]
+        if info["kind"] == "baseline":
+            same.append(info["name"])
+        groups.setdefault(json.dumps(same), []).append(run)
+    result: list[list[Run]] = []
+    for group in groups.values():
+        # a seed twice means that something else differs, which an average would hide
+        repeated = len({run.info["seed"] for run in group}) < len(group)
+        result.extend([[run] for run in group] if repeated else [group])
+    return result
+
+
+def choose(groups: Sequence[list[Run]]) -> list[Run]:
+    """The fusion (without any: the baseline) with the highest mean on val."""
+    fusions = [group for group in groups if group[0].info["kind"] == "fusion"]
+    return max(fusions or groups, key=lambda group: mean(group, "val"))
+
+
+def best_on_val(group: Sequence[Run]) -> Run:
+    """The seed with the highest value on val."""
+    return max(group, key=lambda run: mean([run], "val"))
+
+
+def mean(group: Sequence[Run], split: str) -> float:
+    """Mean over the seeds of the metric that runs are ranked by."""
+    return float(np.mean([run.metrics[split][main_metric(run)] for run in group]))
+
+
+def tabulate(groups: Sequence[list[Run]]) -> pd.DataFrame:
+    """The rows of `results_table`."""
+    chosen = choose(groups)
+    rows = [{**summarise(group), "chosen": group is chosen} for group in groups]
+    return pd.DataFrame(rows).sort_values("val", ascending=False, kind="stable", ignore_index=True)
+
+
+def summarise(group: Sequence[Run]) -> dict[str, Any]:
+    """One row of `results_table`, without the choice."""
+    first, metric, split = group[0].info, main_metric(group[0]), reported_split(group[0])
+    low, high = np.mean([interval(run, metric) for run in group], axis=0)
+    reported = [run.metrics[split][metric] for run in group]
+    averaged = len(group) > 1 and first["kind"] == "fusion"
+    return {
+        "run": f"{first['fusion']} + {first['head']}" if averaged else first["name"],
+        "kind": first["kind"],
+        "seeds": [run.info["seed"] for run in group],
+        "metric": metric,
+        "split": split,
+        "val": mean(group, "val"),
+        "reported": mean(group, split),
+        "spread": float(np.std(reported, ddof=1)) if len(group) > 1 else math.nan,
+        "level": group[0].metrics["evaluate"]["level"],
+        "low": float(low),
+        "high": float(high),
+        "parameters": first["parameters"],
+        "seconds": float(np.mean([run.info["seconds"] for run in group])),
+    }
+
+
+def format_cells(table: pd.DataFrame) -> list[dict[str, str]]:
+    """The texts of a table of `results_table`, row by row, for the terminal and the page alike."""
+    rows = []
+    for row in table.to_dict("records"):
+        mark = "* " if row["chosen"] else ""
+        note = " (baseline)" if row["kind"] == "baseline" else ""
+        spread = "" if math.isnan(row["spread"]) else f" ± {row['spread']:.3f}"
+        cells = {
+            "run": f"{mark}{row['run']}{note}",
+            f"val {row['metric']}": score(row["val"]),
+            f"{row['split']} {row['metric']}": score(row["reported"]) + spread,
+            f"{percent(row['level'])} interval": span(row["low"], row["high"]),
+            "seeds": ", ".join("–" if seed is None else str(seed) for seed in row["seeds"]),
+            "parameters": f"{row['parameters']:,}",
+            "seconds": f"{row['seconds']:.1f}",
+        }
+        rows.append(cells)
+    return rows
+
+
+def score(value: float) -> str:
+    """Three decimals, or a dash where there is no value."""
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def span(low: float, high: float) -> str:
+    """An interval, or a dash where there is none."""
+    return "–" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+
+
+def percent(share: float) -> str:
+    """A share such as 0.95 as ``95%``."""
+    return f"{100 * share:g}%"

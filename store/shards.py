@@ -1,0 +1,150 @@
+"""Which shards of a store are committed and whole, and reads that refuse all others.
+
+Zarr reads a file that is not there as fill values, without an error; so every read of a store goes through
+`ShardedStore`, which asks the commit records first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from satdifuser.errors import StoreError
+from satdifuser.store.metadata import read_attributes
+
+Indices = NDArray[np.intp]
+WORTHWHILE_GAP = 3  # tiles read in vain rather than with another request
+DAMAGE = (ValueError, RuntimeError, OSError)  # what Zarr raises where a checksum or a file is wrong
+
+
+class ShardedStore:
+    """A store on disk as its commit records describe it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.attributes = read_attributes(path)
+        self._root = zarr.open_group(path, mode="r")
+
+    # --- completeness
+
+    @cached_property
+    def commits(self) -> list[dict[str, Any]]:
+        """Commit records by shard; an empty one where the shard is missing."""
+        return [self._commit(shard) for shard in range(self.attributes.shards)]
+
+    def _commit(self, shard: int) -> dict[str, Any]:
+        try:
+            text = str(self._array("commits")[shard])
+            record: dict[str, Any] = json.loads(text) if text else {}
+        except DAMAGE as error:
+            raise StoreError(
+                f"{self.path}: the commit record of shard {shard} is damaged ({error}); {self._redo(shard)}"
+            ) from error
+        return record
+
+    def missing_shards(self) -> list[int]:
+        """Shards without a commit record."""
+        return [shard for shard, record in enumerate(self.commits) if not record]
+
+    @cached_property
+    def file_problems(self) -> dict[int, list[str]]:
+        """Committed files that are missing or of another size, by shard; shards without problems left out."""
+        found = {shard: self._file_problems(record) for shard, record in enumerate(self.commits)}
+        return {shard: problems for shard, problems in found.items() if problems}
+
+    def _file_problems(self, record: dict[str, Any]) -> list[str]:
+        problems = []
+        for key, (size, _) in sorted(record.get("files", {}).items()):
+            path = self.path / key
+            if not path.is_file():
+                problems.append(f"{key} is missing")
+            elif path.stat().st_size != size:
+                problems.append(f"{key} has {path.stat().st_size} bytes, committed were {size}")
+        return problems
+
+    def require_complete(self) -> None:
+        """Raise StoreError unless every shard is committed and its files are there."""
+        self.require_shards(range(self.attributes.shards))
+
+    def require_shards(self, shards: Iterable[int]) -> None:
+        """Raise StoreError unless these shards are committed and their files are there."""
+        asked = set(shards)
+        for shard in sorted(asked & self.file_problems.keys()):
+            problems, files = self.file_problems[shard], self.commits[shard]["files"]
+            raise StoreError(
+                f"{self.path}: shard {shard}: {problems[0]} ({len(problems)} of its {len(files)} files); "
+                f"{self._redo(shard)}"
+            )
+        if not asked.isdisjoint(self.missing_shards()):
+            raise StoreError(
+                f"{self.path}: {self.missing_text()}; run the same `satdifuser extract` command again to "
+                "complete it"
+            )
+
+    def missing_text(self) -> str:
+        """How many shards and tiles are missing, in words."""
+        missing = self.missing_shards()
+        tiles = sum(np.diff(self.attributes.shard_range(shard))[0] for shard in missing)
+        named = ", ".join(map(str, missing[:5])) + ("…" if len(missing) > 5 else "")
+        return (
+            f"{len(missing)} of {self.attributes.shards} shards are missing ({tiles} tiles; shards {named})"
+        )
+
+    def _redo(self, shard: int) -> str:
+        return (
+            f"delete {self.path}/commits/c/{shard} and run the same `satdifuser extract` command again to "
+            "redo this shard, or copy the store anew"
+        )
+
+    def size_bytes(self) -> int:
+        """Bytes of all committed files."""
+        return sum(size for record in self.commits for size, _ in record.get("files", {}).values())
+
+    # --- reads
+
+    def table(self, name: str) -> Any:
+        """One array over all tiles; fill values where shards are not yet committed."""
+        self.require_shards(shard for shard, record in enumerate(self.commits) if record)
+        return self._slice(name, 0, self.attributes.tiles)
+
+    def gather(self, name: str, rows: Indices) -> Any:
+        """Read rows in ascending stretches, so that neighbours cost one request, and restore their order."""
+        per_shard = self.attributes.tiles_per_shard
+        self.require_shards((rows // per_shard).tolist())
+        array = self._array(name)
+        order = np.argsort(rows, kind="stable")
+        out = np.empty((len(rows), *array.shape[1:]), array.dtype)
+        for places in np.split(order, _stretches(rows[order], per_shard)):
+            if len(places):
+                first, last = int(rows[places[0]]), int(rows[places[-1]])
+                out[places] = self._slice(name, first, last + 1)[rows[places] - first]
+        return out
+
+    def _slice(self, name: str, start: int, stop: int) -> Any:
+        try:
+            return self._array(name)[start:stop]
+        except DAMAGE as error:
+            raise StoreError(
+                f"{self.path}: {name}, tiles {start} to {stop - 1}: cannot be read ({error}); "
+                f"`satdifuser store verify --deep {self.path}` names the damaged files and how to mend them"
+            ) from error
+
+    def _array(self, name: str) -> Any:
+        return self._root[name]
+
+
+def _stretches(ascending: Indices, longest: int) -> Indices:
+    """Where to cut ascending rows: at shard borders, and at gaps that would cost more than a request."""
+    if not len(ascending):
+        return np.empty(0, np.intp)
+    far = np.diff(ascending) > WORTHWHILE_GAP
+    other_shard = np.diff(ascending // longest) > 0
+    cuts: Indices = np.flatnonzero(far | other_shard) + 1
+    return cuts

@@ -1,0 +1,230 @@
+"""The baselines on made-up stores: chosen on val, blind to test, and right where a shortcut is taken."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from numpy.typing import NDArray
+
+from satdifuser.errors import RunError
+from satdifuser.evaluate.baselines import (
+    NAMES,
+    STRENGTHS,
+    LinearProbe,
+    choose_on_val,
+    fit_baselines,
+    predict_masks,
+)
+from satdifuser.evaluate.evaluation import is_evaluated
+from satdifuser.evaluate.samples import Samples, gather_samples
+from satdifuser.evaluate.settings import EvaluateSettings
+from satdifuser.fuse.run_folder import Run, open_run
+from satdifuser.store.encoding import encode
+from satdifuser.store.reader import FeatureStore
+from satdifuser.store.schema import Attributes, Hashes, LayerInfo
+from satdifuser.store.writer import TileRow, open_or_create
+
+SPLITS = ["train"] * 12 + ["val"] * 6 + ["test"] * 6
+CLASSES, SIZE, IGNORE = 3, 16, 255
+LAYERS = [
+    LayerInfo(name="up.fine", channels=3, stride=4, height=4, width=4),
+    LayerInfo(name="up.coarse", channels=2, stride=8, height=2, width=2),
+]
+QUICK = EvaluateSettings(bootstrap=10, pictures=2)
+FINE, COARSE = (21, "up.fine"), (21, "up.coarse")
+
+
+def make_store(path: Path, task: str, test_seed: int = 0) -> FeatureStore:
+    """Write a store; `test_seed` changes everything about the test tiles and nothing else.
+
+    The first channel of the fine layer is the class, of a tile or of each of its 4 x 4 cells; the rest is
+    noise. A corner of each mask is not labelled.
+    """
+    attributes = Attributes.model_validate(
+        {
+            "store_id": "x",
+            "created": "now",
+            "software": {},
+            "task": task,
+            "classes": [f"class {c}" for c in range(CLASSES)],
+            "ignore_value": IGNORE,
+            "tiles": len(SPLITS),
+            "left_out": 0,
+            "tile_size": (SIZE, SIZE),
+            "tiles_per_shard": len(SPLITS),
+            "timesteps": [21],
+            "layers": LAYERS,
+            "encoding": "float32",
+            "previews": True,
+            "colour_statistics": ["mean", "std"],
+            "backbone": {"model": "a"},
+            "feature_identity": {},
+            "planned": Hashes(feature="f", contents="c", labels="l"),
+            "settings": {"source": {"kind": "synthetic"}},
+        }
+    )
+    tiles = [make_tile(index, split, task, test_seed) for index, split in enumerate(SPLITS)]
+    groups = {f"stride_{layer.stride:02}": layer.name for layer in LAYERS}
+    batch = {
+        group: encode(np.stack([maps[name] for _, maps in tiles])[:, None, None], "float32")
+        for group, name in groups.items()
+    }
+    open_or_create(path, attributes, overwrite=False).write_shard(0, [row for row, _ in tiles], [batch], {})
+    return FeatureStore(path)
+
+
+def make_tile(
+    index: int, split: str, task: str, test_seed: int
+) -> tuple[TileRow, dict[str, NDArray[np.float32]]]:
+    random = np.random.default_rng([index, test_seed if split == "test" else 0])
+    cells = random.integers(0, CLASSES, (4, 4))
+    if task == "classification":
+        cells[:] = cells[0, 0]
+    maps = {
+        layer.name: random.normal(size=(layer.channels, layer.height, layer.width)).astype(np.float32)
+        for layer in LAYERS
+    }
+    maps["up.fine"][0] = cells
+    mask = cells.repeat(4, axis=0).repeat(4, axis=1).astype(np.uint8)
+    mask[:2, :2] = IGNORE
+    row = TileRow(
+        f"t{index:02}",
+        split,
+        colour=random.random(2).astype(np.float32),
+        target=np.array(cells[0, 0], np.int32) if task == "classification" else mask,
+        preview=random.integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8),
+    )
+    return row, maps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    return make_store(tmp_path_factory.mktemp("labels") / "s.zarr", "classification")
+
+
+@pytest.fixture(scope="module")
+def mask_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    return make_store(tmp_path_factory.mktemp("masks") / "s.zarr", "segmentation")
+
+
+def probe_of(samples: Samples, inputs: list[tuple[int, str]], classes: int = CLASSES) -> LinearProbe:
+    return LinearProbe(samples.joined(inputs), samples.labels, classes, strength=1.0)
+
+
+@pytest.mark.parametrize(("seen", "classes"), [([0, 1], 2), ([0, 1, 2], 3), ([1, 3], 4), ([0, 2, 3], 5)])
+def test_the_affine_form_gives_the_same_probabilities(seen: list[int], classes: int) -> None:
+    random = np.random.default_rng(0)
+    labels = np.array(seen)[random.integers(0, len(seen), 60)]
+    features = (random.normal(3, 2, (60, 4)) + labels[:, None]).astype(np.float32)
+    probe = LinearProbe(features, labels, classes, strength=1.0)
+    weight, bias = probe.affine()
+    assert (weight.shape, bias.shape) == ((4, classes), (classes,))
+    softmax = torch.from_numpy(features @ weight + bias).softmax(1).numpy()
+    np.testing.assert_allclose(softmax, probe.probabilities(features), atol=1e-5)
+    unseen = sorted(set(range(classes)) - set(seen))
+    assert (softmax[:, unseen] == 0).all()
+
+
+def test_inputs_and_strength_are_chosen_on_val(store: FeatureStore) -> None:
+    """One input is perfect in training and noise on val; the other is fair in both."""
+    random = np.random.default_rng(0)
+    labels = {split: random.integers(0, CLASSES, 60) for split in ("train", "val")}
+    fair = {s: (y[:, None] + random.normal(0, 0.5, (60, 1))).astype(np.float32) for s, y in labels.items()}
+    noise = random.normal(size=(60, 1))
+    fickle = {"train": labels["train"][:, None].astype(np.float32), "val": noise.astype(np.float32)}
+    samples = {s: Samples({FINE: fickle[s], COARSE: fair[s]}, labels[s]) for s in ("train", "val")}
+    inputs, probe, strength = choose_on_val(store, samples, [[FINE], [COARSE]])
+    assert inputs == [COARSE]
+    scores = {}
+    for s in STRENGTHS:
+        rival = LinearProbe(fair["train"], labels["train"], CLASSES, s)
+        scores[s] = (rival.probabilities(fair["val"]).argmax(1) == labels["val"]).mean()
+    assert scores[strength] == max(scores.values())
+    assert strength == probe.model.C
+    with pytest.raises(RunError, match=r"s\.zarr: holds no features to probe"):
+        choose_on_val(store, samples, [])
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_baselines_never_see_test(task: str, tmp_path: Path) -> None:
+    """Two stores that differ in their test tiles only give the same models and the same figures on val."""
+    found = []
+    for seed in (0, 1):
+        store = make_store(tmp_path / f"{seed}.zarr", task, seed)
+        runs = fit_baselines(store, QUICK, tmp_path / f"runs-{seed}", overwrite=False)
+        assert [run.info["fusion"] for run in runs] == list(NAMES)
+        found.append(runs)
+    for first, second in zip(*found, strict=True):
+        assert facts(first) == facts(second)
+        assert first.metrics["val"] == second.metrics["val"]
+        assert first.metrics["test"] != second.metrics["test"]
+    assert found[0][1].info["inputs"] == [FINE]
+
+
+def facts(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in run.info.items() if name not in ("store", "seconds")}
+
+
+def test_pixels_are_drawn_where_there_is_a_label_with_the_features_there(mask_store: FeatureStore) -> None:
+    samples = gather_samples(mask_store, "train", seed=0)
+    assert samples.features[FINE].shape == (12 * 64, 3)
+    assert samples.features[COARSE].shape == (12 * 64, 2)
+    np.testing.assert_array_equal(samples.features[FINE][:, 0], samples.labels)
+    assert set(samples.labels) == set(range(CLASSES))
+    again = gather_samples(mask_store, "train", seed=0)
+    np.testing.assert_array_equal(samples.labels, again.labels)
+    assert (samples.labels != gather_samples(mask_store, "train", seed=1).labels).any()
+
+
+def test_masks_predicted_at_each_layers_own_size_equal_those_of_enlarged_features(
+    mask_store: FeatureStore,
+) -> None:
+    inputs = [FINE, COARSE]
+    probe = probe_of(gather_samples(mask_store, "train", seed=0), inputs)
+    ((probabilities, targets),) = predict_masks(mask_store, probe, inputs, "val")
+    rows = mask_store.select("val")
+    maps = mask_store.maps(rows)
+    enlarged = [
+        F.interpolate(torch.from_numpy(maps[group][:, 0, 0]), (SIZE, SIZE), mode="bilinear")
+        for group in ("stride_04", "stride_08")
+    ]
+    pixels = torch.cat(enlarged, dim=1).movedim(1, -1).flatten(0, 2).numpy()
+    direct = probe.probabilities(pixels).reshape(len(rows), SIZE, SIZE, CLASSES)
+    np.testing.assert_allclose(probabilities, np.moveaxis(direct, -1, 1), atol=1e-5)
+    np.testing.assert_array_equal(targets, mask_store.targets(rows))
+
+
+def test_baselines_are_kept_until_they_would_be_measured_otherwise(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    def written() -> list[int]:
+        return [(tmp_path / f"baseline-{name}/metrics.json").stat().st_mtime_ns for name in NAMES]
+
+    runs = fit_baselines(store, QUICK, tmp_path, overwrite=False)
+    first = written()
+    assert all(is_evaluated(open_run(run.path), store, QUICK) for run in runs)
+    sections = yaml.safe_load((runs[0].path / "settings.yaml").read_text())
+    assert sections == {"source": {"kind": "synthetic"}, "evaluate": QUICK.model_dump(mode="json")}
+    kept = fit_baselines(store, QUICK, tmp_path, overwrite=False)
+    assert [run.info for run in kept] == [open_run(run.path).info for run in runs]
+    assert written() == first
+    other = fit_baselines(store, QUICK.model_copy(update={"split": "train"}), tmp_path, overwrite=False)
+    assert all(new != old for new, old in zip(written(), first, strict=True))
+    metrics = other[0].metrics
+    assert (metrics["evaluate"]["split"], metrics["test_reads"]) == ("train", 1)
+    assert "test" not in metrics

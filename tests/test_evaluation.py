@@ -1,0 +1,296 @@
+"""Measuring runs, on a made-up store: what is written, and when it is measured again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from satdifuser.errors import RunError
+from satdifuser.evaluate import evaluation
+from satdifuser.evaluate.evaluation import (
+    Outcome,
+    check_features,
+    ensure_evaluated,
+    evaluate_run,
+    format_metrics,
+    measure,
+    spread_positions,
+)
+from satdifuser.evaluate.results import format_table, results_table
+from satdifuser.evaluate.settings import EvaluateSettings
+from satdifuser.fuse.run_folder import Run, open_run
+from satdifuser.fuse.settings import FitSettings
+from satdifuser.fuse.train import fit
+from satdifuser.pipeline import Pipeline, fit_all, validate_settings
+from satdifuser.store.encoding import encode
+from satdifuser.store.reader import FeatureStore
+from satdifuser.store.schema import Attributes, Hashes, LayerInfo
+from satdifuser.store.writer import TileRow, open_or_create
+
+SPLITS = ["train"] * 8 + ["val"] * 4 + ["test"] * 12
+LAYER = LayerInfo(name="up.attn1", channels=4, stride=4, height=4, width=4)
+QUICK = EvaluateSettings(bootstrap=10, pictures=3)
+FIT = FitSettings(projection=8, norm_groups=1, epochs=1, warmup_epochs=0, device="cpu")
+
+
+def make_store(
+    path: Path, task: str, classes: int = 3, feature_hash: str = "f", splits: Sequence[str] = SPLITS
+) -> FeatureStore:
+    """Write a store of 16 x 16 px tiles whose features know a little of the targets."""
+    attributes = Attributes.model_validate(
+        {
+            "store_id": "x",
+            "created": "now",
+            "software": {},
+            "task": task,
+            "classes": [f"class {c}" for c in range(classes)],
+            "ignore_value": 255,
+            "tiles": len(splits),
+            "left_out": 0,
+            "tile_size": (16, 16),
+            "tiles_per_shard": len(splits),
+            "timesteps": [21],
+            "layers": [LAYER],
+            "encoding": "float32",
+            "previews": False,
+            "colour_statistics": ["mean"],
+            "backbone": {"model": "a"},
+            "feature_identity": {},
+            "planned": Hashes(feature=feature_hash, contents="c", labels="l"),
+            "settings": {"source": {"kind": "synthetic"}, "extract": {"seed": 0}},
+        }
+    )
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, classes, (len(splits), 4, 4))
+    labels = coarse[:, 0, 0]
+    known = coarse if task == "segmentation" else np.broadcast_to(labels[:, None, None], coarse.shape)
+    maps = random.normal(size=(len(splits), 1, 1, 4, 4, 4)).astype(np.float32)
+    maps[:, 0, 0, 0] += known
+    masks = coarse.repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8)
+    targets: list[Any] = list(labels.astype(np.int32)) if task == "classification" else list(masks)
+    rows = [
+        TileRow(f"t{i:02}", split, colour=np.zeros(1, np.float32), target=np.asarray(target))
+        for i, (split, target) in enumerate(zip(splits, targets, strict=True))
+    ]
+    writer = open_or_create(path, attributes, overwrite=False)
+    writer.write_shard(0, rows, [{"stride_04": encode(maps, "float32")}], {})
+    return FeatureStore(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    return make_store(tmp_path_factory.mktemp("labels") / "s.zarr", "classification")
+
+
+@pytest.fixture(scope="module")
+def mask_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    return make_store(tmp_path_factory.mktemp("masks") / "s.zarr", "segmentation")
+
+
+@pytest.fixture
+def run(store: FeatureStore, tmp_path: Path) -> Run:
+    return fit(store, FIT, "global", 0, tmp_path / "run", measure)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[EvaluateSettings]:
+    """The settings of every evaluation, in order."""
+    seen: list[EvaluateSettings] = []
+
+    def spy(folder: Path, store_path: Path | None, settings: EvaluateSettings) -> dict[str, Any]:
+        seen.append(settings)
+        return evaluate_run(folder, store_path, settings)
+
+    monkeypatch.setattr(evaluation, "evaluate_run", spy)
+    return seen
+
+
+def test_metrics_say_what_was_measured_and_how(run: Run) -> None:
+    written = evaluate_run(run.path, None, QUICK)
+    metrics = json.loads((run.path / "metrics.json").read_text())
+    assert metrics == written == open_run(run.path).metrics
+    named = [metrics[name] for name in ("task", "fusion", "head", "seed", "selected_on")]
+    assert named == ["classification", "global", "linear", 0, "val"]
+    assert metrics["store_fingerprint"] == "f"
+    assert metrics["evaluate"] == {"split": "test", "bootstrap": 10, "level": 0.95, "seed": 0, "pictures": 3}
+    assert metrics["val"] == pytest.approx(run.info["history"][0]["val"])
+    figures = set(metrics["val"])
+    assert set(metrics["test"]) == {*figures, "interval"}
+    assert set(metrics["test"]["interval"]) == figures
+    low, high = metrics["test"]["interval"]["accuracy"]
+    assert low <= metrics["test"]["accuracy"] <= high
+    table = pd.read_parquet(run.path / "predictions.parquet")
+    assert table["tile_id"].tolist() == [f"t{i:02}" for i in range(12, 24)]
+    assert (table["target"] == table["predicted"]).mean() == metrics["test"]["accuracy"]
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_another_split_is_reported_with_intervals_and_leaves_test_unread(run: Run, split: str) -> None:
+    metrics = evaluate_run(run.path, None, EvaluateSettings(split=split, bootstrap=10))  # type: ignore[arg-type]
+    assert metrics["evaluate"]["split"] == split
+    assert set(metrics) & {"train", "val", "test"} == {"val", split}
+    assert "accuracy" in metrics[split]["interval"]
+    assert metrics["val"]["accuracy"] == pytest.approx(run.info["history"][0]["val"]["accuracy"])
+    assert metrics["test_reads"] == 0
+    assert f"{split} accuracy" in format_table(results_table([run.path]))
+    shown = [line.split()[:2] for line in format_metrics(run.path, metrics).splitlines()[1:]]
+    assert [split, "accuracy"] in shown
+    assert shown.count(["val", "accuracy"]) == 1
+
+
+def test_a_run_is_measured_once_for_the_same_settings(
+    run: Run, store: FeatureStore, measured: list[EvaluateSettings]
+) -> None:
+    first = ensure_evaluated(run, store, QUICK)
+    assert ensure_evaluated(run, store, QUICK.model_copy(update={"baselines": False})) == first
+    assert ensure_evaluated(open_run(run.path), FeatureStore(store.path), QUICK) == first
+    assert len(measured) == 1
+    assert first["test_reads"] == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"split": "val"}, {"bootstrap": 11}, {"level": 0.5}, {"seed": 1}, {"pictures": 4}]
+)
+def test_other_settings_are_measured_again(
+    run: Run, store: FeatureStore, measured: list[EvaluateSettings], change: dict[str, Any]
+) -> None:
+    ensure_evaluated(run, store, QUICK)
+    settings = QUICK.model_copy(update=change)
+    metrics = ensure_evaluated(run, store, settings)
+    assert measured == [QUICK, settings]
+    assert metrics["evaluate"].items() >= change.items()
+    assert open_run(run.path).metrics == metrics
+
+
+def test_a_run_that_was_trained_anew_is_measured_again(
+    run: Run, store: FeatureStore, measured: list[EvaluateSettings]
+) -> None:
+    """As after an --overwrite that was interrupted between training and measuring."""
+    ensure_evaluated(run, store, QUICK)
+    other = fit(store, FIT.model_copy(update={"lr": 0.5}), "global", 0, run.path, measure, overwrite=True)
+    ensure_evaluated(other, store, QUICK)
+    assert len(measured) == 2
+
+
+def test_a_run_that_was_measured_on_another_store_is_measured_again(
+    run: Run, store: FeatureStore, tmp_path: Path, measured: list[EvaluateSettings]
+) -> None:
+    ensure_evaluated(run, store, QUICK)
+    other = make_store(tmp_path / "other.zarr", "classification", splits=SPLITS[:-1])
+    evaluate_run(run.path, other.path, QUICK)
+    assert open_run(run.path).metrics["store_hashes"] != store.hashes().model_dump()
+    ensure_evaluated(run, store, QUICK)
+    assert len(measured) == 2
+    assert open_run(run.path).metrics["store_hashes"] == store.hashes().model_dump()
+    assert open_run(run.path).metrics["test_reads"] == 3
+
+
+def test_fit_all_measures_again_what_other_settings_measured(store: FeatureStore, tmp_path: Path) -> None:
+    def asking(**evaluate: Any) -> Pipeline:
+        fit_section = FIT.model_dump() | {"fusion": ["global"]}
+        return validate_settings({"fit": fit_section, "evaluate": evaluate}, "test")
+
+    (path,) = fit_all(store, asking(bootstrap=10, baselines=False), tmp_path)
+    weights = (path / "model.safetensors").stat().st_mtime_ns
+    fit_all(store, asking(bootstrap=10, baselines=False, split="val"), tmp_path)
+    metrics = open_run(path).metrics
+    assert (metrics["evaluate"]["split"], metrics["test_reads"]) == ("val", 1)
+    assert (path / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_a_run_folder_holds_its_resolved_settings(store: FeatureStore, tmp_path: Path) -> None:
+    automatic = FitSettings(epochs=1, warmup_epochs=0)
+    run = fit(store, automatic, "global", 0, tmp_path / "run", measure)
+    assert open_run(run.path).info["resolved"] == {
+        "task": "classification",
+        "head": "linear",
+        "projection": 96,
+        "norm_groups": 8,
+        "device": run.info["resolved"]["device"],
+    }
+    assert run.info["resolved"]["device"] in ("cpu", "cuda")
+    sections = yaml.safe_load((run.path / "settings.yaml").read_text())
+    assert sections == {"fit": automatic.model_dump(mode="json"), **store.attributes.settings}
+    evaluate_run(run.path, None, QUICK)
+    measured = yaml.safe_load((run.path / "settings.yaml").read_text())
+    assert measured == sections | {"evaluate": QUICK.model_dump(mode="json")}
+
+
+def test_masks_are_kept_of_tiles_spread_over_the_split(mask_store: FeatureStore, tmp_path: Path) -> None:
+    run = fit(mask_store, FIT.model_copy(update={"batch_size": 5}), "global", 0, tmp_path / "run", measure)
+    evaluate_run(run.path, None, QUICK)
+    with np.load(run.path / "masks.npz") as saved:
+        ids, target, predicted = (saved[name] for name in ("tile_id", "target", "predicted"))
+    assert ids.tolist() == ["t12", "t18", "t23"]
+    truth = np.asarray(mask_store.targets(np.array([12, 18, 23])))
+    np.testing.assert_array_equal(target, truth)
+    table = pd.read_parquet(run.path / "predictions.parquet").set_index("tile_id")
+    shares = [(p == t).mean() for p, t in zip(predicted, target, strict=True)]
+    assert table.loc[ids, "pixel_accuracy"].tolist() == pytest.approx(shares)
+
+
+@given(st.integers(1, 400), st.integers(1, 40))
+def test_spread_positions_are_distinct_and_even(tiles: int, count: int) -> None:
+    positions = spread_positions(tiles, count)
+    assert len(set(positions)) == len(positions) == min(tiles, count)
+    assert positions[0] == 0
+    assert positions[-1] == (tiles - 1 if count > 1 else 0)
+    gaps = np.diff(positions)
+    assert gaps.size == 0 or gaps.max() - gaps.min() <= 1
+
+
+def confident(labels: NDArray[np.int64], classes: int) -> NDArray[np.float32]:
+    return np.moveaxis(np.eye(classes, dtype=np.float32)[labels], -1, 1)
+
+
+def test_an_outcome_does_not_depend_on_the_batches() -> None:
+    random = np.random.default_rng(0)
+    truth, guess = random.integers(0, 3, (2, 7, 4, 4))
+    whole, parts = Outcome("segmentation", 3, 255, [0, 3, 6]), Outcome("segmentation", 3, 255, [0, 3, 6])
+    whole.add(confident(guess, 3), truth)
+    for start in (0, 2, 4, 6):
+        parts.add(confident(guess[start : start + 2], 3), truth[start : start + 2])
+    assert whole.metrics() == parts.metrics()
+    assert whole.metrics()["pixel_accuracy"] == pytest.approx((truth == guess).mean())
+    for (a, b), (c, d), position in zip(whole.masks, parts.masks, [0, 3, 6], strict=True):
+        np.testing.assert_array_equal(a, guess[position])
+        np.testing.assert_array_equal(b, truth[position])
+        assert (a == c).all()
+        assert (b == d).all()
+
+
+def test_a_store_of_other_features_is_refused(run: Run, tmp_path: Path) -> None:
+    other = make_store(tmp_path / "other.zarr", "classification", classes=4, feature_hash="g")
+    with pytest.raises(
+        RunError, match=r"(?s)does not hold the features that .*/run was fitted on:"
+    ) as caught:
+        check_features(run, other)
+    assert "\n  feature: run expects 'f', store has 'g'" in str(caught.value)
+    assert "\n  classes: run expects ['class 0'" in str(caught.value)
+    with pytest.raises(RunError, match="does not hold the features"):
+        evaluate_run(run.path, other.path, QUICK)
+    assert not (run.path / "metrics.json").exists()
+
+
+def test_a_baseline_is_not_measured_by_itself(run: Run) -> None:
+    (run.path / "run.json").write_text(json.dumps(run.info | {"kind": "baseline"}))
+    with pytest.raises(RunError, match="a baseline is measured when it is made; run `satdifuser fit` again"):
+        evaluate_run(run.path, None, QUICK)

@@ -1,0 +1,477 @@
+"""A store that was damaged, edited, or met a full disk: all is told, nothing is read as something else."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from click.testing import CliRunner
+from numpy.typing import NDArray
+
+from satdifuser.cli import cli
+from satdifuser.errors import StoreError
+from satdifuser.store.encoding import encode
+from satdifuser.store.metadata import seal
+from satdifuser.store.reader import FeatureStore, open_store
+from satdifuser.store.schema import Attributes, Hashes, LayerInfo
+from satdifuser.store.verify import verify
+from satdifuser.store.writer import StoreWriter, TileRow, open_or_create
+
+TILES, PER_SHARD, STEPS = 3, 2, [1, 101]
+LAYER = LayerInfo(name="up.0.attn1", channels=2, stride=2, height=2, width=2)
+VALUES = "features/stride_02/values/c"
+
+
+def new_attributes(**changes: Any) -> Attributes:
+    fields: dict[str, Any] = {
+        "store_id": "x",
+        "created": "now",
+        "software": {"satdifuser": "0"},
+        "task": "classification",
+        "classes": ["sea", "Küste"],
+        "ignore_value": 255,
+        "tiles": TILES,
+        "left_out": 0,
+        "tile_size": (4, 4),
+        "tiles_per_shard": PER_SHARD,
+        "timesteps": STEPS,
+        "layers": [LAYER],
+        "encoding": "int8",
+        "previews": True,
+        "colour_statistics": ["mean"],
+        "backbone": {"model": "a"},
+        "feature_identity": {},
+        "planned": Hashes(feature="f", contents="c", labels="l"),
+        "settings": {"fit": {"weight_decay": 1e-05}},
+    }
+    return Attributes.model_validate(fields | changes)
+
+
+def tile_row(tile: int) -> TileRow:
+    preview = np.full((4, 4, 3), tile, np.uint8)
+    return TileRow(f"t{tile}", "train", colour=np.array([tile], np.float32), preview=preview, target=label(1))
+
+
+def label(value: int) -> NDArray[np.int32]:
+    return np.array(value, np.int32)
+
+
+def write(writer: StoreWriter, shard: int) -> None:
+    tiles = range(*writer.attributes.shard_range(shard))
+    maps = [np.random.default_rng(t).normal(size=(1, len(STEPS), 1, 2, 2, 2)).astype("f4") for t in tiles]
+    batches = [{"stride_02": encode(one, "int8")} for one in maps]
+    writer.write_shard(shard, [tile_row(tile) for tile in tiles], batches, {})
+
+
+def build(path: Path, shards: tuple[int, ...] = (0, 1)) -> Path:
+    writer = open_or_create(path, new_attributes(), overwrite=False)
+    for shard in shards:
+        write(writer, shard)
+    return path
+
+
+def contents(path: Path) -> str:
+    """One digest over all that a reader can ask for."""
+    store, rows = open_store(path), np.arange(TILES)
+    targets = store.targets(rows)
+    assert targets is not None
+    arrays = [store.pooled().values, store.colour(rows), store.previews(rows), *store.maps(rows).values()]
+    told = store.tiles.to_csv() + repr(store.content_digest()) + store.attributes.model_dump_json()
+    return hashlib.sha256(told.encode() + b"".join(a.tobytes() for a in [*arrays, targets])).hexdigest()
+
+
+def contents_or_refusal(path: Path) -> str:
+    try:
+        return contents(path)
+    except StoreError as error:
+        return f"refused: {error}"
+
+
+def problems(path: Path, deep: bool = False) -> list[str]:
+    """What `satdifuser store verify` tells, refusals included."""
+    try:
+        return verify(open_store(path), deep)
+    except StoreError as error:
+        return [str(error)]
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def flip(path: Path, byte: int, bit: int = 0) -> None:
+    changed = bytearray(path.read_bytes())
+    changed[byte] ^= 1 << bit
+    path.write_bytes(changed)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("whole") / "s.zarr")
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(whole, tmp_path / "copy.zarr"))
+
+
+# --- any damage, anywhere
+
+
+def test_a_flipped_bit_anywhere_is_found_and_never_read(copy: Path) -> None:
+    random, expected = np.random.default_rng(0), contents(copy)
+    for file in files_of(copy):
+        held = file.read_bytes()
+        for byte in random.integers(0, len(held), 2):
+            bit = int(random.integers(8))
+            flip(file, byte, bit)
+            where = f"{file.relative_to(copy)}, byte {byte}, bit {bit}"
+            assert problems(copy, deep=True), where
+            found = contents_or_refusal(copy)
+            assert found == expected or found.startswith("refused: "), where
+            file.write_bytes(held)
+    assert problems(copy, deep=True) == []
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "halved": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "last byte gone": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "emptied": lambda file: file.write_bytes(b""),
+    "deleted": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_truncated_or_deleted_file_is_found_and_refused_with_a_remedy(copy: Path, damage: str) -> None:
+    for file in files_of(copy):
+        held = file.read_bytes()
+        DAMAGES[damage](file)
+        assert problems(copy), file
+        refusal = contents_or_refusal(copy)
+        assert refusal.startswith("refused: "), file
+        assert "again" in refusal or "copy" in refusal, refusal
+        file.write_bytes(held)
+    assert problems(copy) == []
+
+
+def test_missing_and_truncated_files_are_listed_by_name(copy: Path) -> None:
+    (copy / "features/stride_02/pooled/c/0/0/0/0").unlink()
+    values = copy / f"{VALUES}/1/1/0/0/0/0"
+    size = values.stat().st_size
+    values.write_bytes(values.read_bytes()[:-1])
+    for deep in (False, True):
+        assert problems(copy, deep) == [
+            "shard 0: features/stride_02/pooled/c/0/0/0/0 is missing",
+            f"shard 1: {VALUES}/1/1/0/0/0/0 has {size - 1} bytes, committed were {size}",
+        ]
+
+
+def test_verify_on_the_command_line_says_how_to_mend(copy: Path) -> None:
+    flip(copy / f"{VALUES}/1/1/0/0/0/0", 5)
+    told = CliRunner().invoke(cli, ["store", "verify", str(copy), "--deep"])
+    assert (told.exit_code, told.stdout.count("\n")) == (1, 1)
+    assert told.stdout.endswith(
+        f"{VALUES}/1/1/0/0/0/0 was altered after it was committed (SHA-256 differs)\n"
+    )
+    assert f"to mend: delete {copy}/commits/c/N of each damaged shard N, then run the same" in told.stderr
+    flip(copy / "tiles/zarr.json", 5)
+    told = CliRunner().invoke(cli, ["store", "verify", str(copy)])
+    assert (told.exit_code, told.stdout) == (1, "")
+    assert told.stderr.startswith(f"error: {copy}: tiles/zarr.json was altered after the store was created")
+
+
+def test_every_metadata_edit_is_refused(copy: Path) -> None:
+    def reindent() -> None:
+        file = copy / "zarr.json"
+        file.write_text(json.dumps(json.loads(file.read_bytes())))
+
+    def add(name: str) -> None:
+        zarr.open_group(copy, mode="r+")[name].attrs["note"] = "x"
+
+    held = {file: file.read_bytes() for file in copy.rglob("zarr.json")}
+    for edit, name in [
+        (reindent, "zarr.json"),
+        (lambda: add("/"), "zarr.json"),
+        (lambda: add("tiles"), "tiles/zarr.json"),
+        (lambda: add("tiles/partitions/default"), "tiles/partitions/default/zarr.json"),
+        (lambda: add("features/stride_02/values"), "features/stride_02/values/zarr.json"),
+    ]:
+        edit()
+        altered = (
+            rf"copy.zarr: {name} was altered after .* \(SHA-256 differs\); copy the store anew, or extract"
+        )
+        with pytest.raises(StoreError, match=altered):
+            open_store(copy)
+        with pytest.raises(StoreError, match=altered):
+            open_or_create(copy, new_attributes(), overwrite=False)
+        for file, data in held.items():
+            file.write_bytes(data)
+    assert problems(copy, deep=True) == []
+
+
+def test_a_deleted_or_garbled_zarr_json_is_named(copy: Path) -> None:
+    (copy / "features/zarr.json").unlink()
+    with pytest.raises(
+        StoreError, match=r"features/zarr.json is missing; copy the store anew, or extract it"
+    ):
+        open_store(copy)
+    (copy / "zarr.json").write_text("{")
+    with pytest.raises(StoreError, match=r"copy.zarr: zarr.json is damaged .*; copy the store anew"):
+        open_store(copy)
+    (copy / "zarr.json").unlink()
+    with pytest.raises(
+        StoreError, match=r"not a feature store \(no zarr.json\); if it was one, copy it anew"
+    ):
+        open_store(copy)
+
+
+def test_sealed_metadata_opens_elsewhere_without_a_warning(whole: Path) -> None:
+    root = zarr.open_group(whole, mode="r")
+    assert sorted(root) == ["commits", "features", "previews", "targets", "tiles"]
+    sealed: Any = root.attrs["sha256"]
+    assert sealed.keys() == {str(file.relative_to(whole)) for file in whole.rglob("zarr.json")}
+    with xr.open_datatree(whole, engine="zarr", consolidated=False) as tree:
+        assert tree.attrs["sha256"] == sealed
+
+
+def test_sealed_attributes_of_another_kind_are_refused(copy: Path) -> None:
+    document = json.loads((copy / "zarr.json").read_bytes())
+    document["attributes"]["satdifuser"]["tiles"] = -1
+    (copy / "zarr.json").write_text(json.dumps(document))
+    seal(copy)
+    with pytest.raises(StoreError, match=r"its attributes are damaged: tiles: Input should be .*; copy the"):
+        open_store(copy)
+
+
+# --- reading damaged data
+
+
+@pytest.mark.parametrize("byte", [0, 5, -1])
+@pytest.mark.parametrize(
+    ("key", "array", "tiles"),
+    [
+        (f"{VALUES}/1/0/0/0/0/0", "features/stride_02/values", "2 to 2"),
+        ("features/stride_02/pooled/c/0/0/0/0", "features/stride_02/pooled", "0 to 1"),
+        ("targets/label/c/0", "targets/label", "0 to 1"),
+        ("tiles/colour/c/1/0", "tiles/colour", "2 to 2"),
+        ("previews/rgb/c/0/0/0/0", "previews/rgb", "0 to 1"),
+    ],
+)
+def test_damaged_data_is_named_by_store_array_and_tiles(
+    copy: Path, key: str, array: str, tiles: str, byte: int
+) -> None:
+    flip(copy / key, byte)
+    store, rows = open_store(copy), np.arange(TILES)
+    text = (
+        rf"copy.zarr: {array}, tiles {tiles}: cannot be read \(.*\); `satdifuser store verify --deep .*copy.z"
+    )
+    reads = (store.maps, store.colour, store.previews, store.targets)
+    with pytest.raises(StoreError, match=text):
+        [read(rows) for read in (*reads, lambda rows: store.pooled_group("stride_02", rows))]
+    (found,) = verify(store, deep=True)
+    assert found.endswith(f"{key} was altered after it was committed (SHA-256 differs)")
+
+
+def test_damaged_tables_are_refused(copy: Path) -> None:
+    flip(copy / "tiles/tile_id/c/0", 5)
+    for read in (FeatureStore.content_digest, FeatureStore.hashes, repr, FeatureStore.select):
+        with pytest.raises(StoreError, match="tiles/tile_id, tiles 0 to 2: cannot be read"):
+            read(open_store(copy))
+
+
+def test_a_damaged_commit_record_is_told(copy: Path) -> None:
+    flip(copy / "commits/c/1", 5)
+    with pytest.raises(
+        StoreError,
+        match=r"the commit record of shard 1 is damaged .*; delete .*copy.zarr/commits/c/1 and run",
+    ):
+        verify(open_store(copy))
+
+
+def test_a_damaged_shard_is_mended_alone(copy: Path, whole: Path) -> None:
+    files = open_store(copy).commits[1]["files"]
+    for key in files:
+        flip(copy / key, -1)
+    (copy / f"{VALUES}/1/0/0/0/0/0").unlink()
+    (copy / "commits/c/1").unlink()
+    writer = open_or_create(copy, new_attributes(), overwrite=False)
+    assert writer.missing_shards() == [1]
+    write(writer, 1)
+    assert problems(copy, deep=True) == []
+    assert contents(copy) == contents(whole)
+
+
+def test_a_forged_commit_record_does_not_hide_altered_features(copy: Path) -> None:
+    key = f"{VALUES}/1/0/0/0/0/0"
+    root: Any = zarr.open_group(copy, mode="r+")
+    root["features/stride_02/values"][2, 0] = 1
+    record = json.loads(str(root["commits"][1]))
+    data = (copy / key).read_bytes()
+    record["files"][key] = [len(data), hashlib.sha256(data).hexdigest()]
+    root["commits"][1:] = np.array([json.dumps(record)], np.dtypes.StringDType())
+    assert problems(copy) == []
+    found = ["shard 1: tile t2: features differ from the digest recorded for them"]
+    assert problems(copy, deep=True) == found
+
+
+# --- incomplete stores
+
+
+def test_rows_of_missing_shards_are_refused_and_others_read(tmp_path: Path) -> None:
+    store = open_store(build(tmp_path / "s.zarr", shards=(0,)))
+    reads: list[Callable[[NDArray[np.intp]], Any]] = [
+        store.targets,
+        store.colour,
+        store.previews,
+        store.stored,
+        lambda rows: store.pooled_group("stride_02", rows),
+    ]
+    for read in reads:
+        assert read(np.array([1, 0])) is not None
+        for rows in (np.array([2]), np.array([0, 2])):
+            with pytest.raises(
+                StoreError, match=r"1 of 2 shards are missing \(1 tiles; shards 1\); run the same"
+            ):
+                read(rows)
+    with pytest.raises(StoreError, match="1 of 2 shards are missing"):
+        store.to_xarray()
+    (store.path / "tiles/colour/c/0/0").unlink()
+    fresh = open_store(store.path)
+    for attempt in (lambda: fresh.colour(np.array([0])), lambda: fresh.tiles):
+        with pytest.raises(
+            StoreError, match=r"shard 0: tiles/colour/c/0/0 is missing \(1 of its 19 files\); delete"
+        ):
+            attempt()
+
+
+def test_files_that_hold_only_fill_values_are_written_too(tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    writer = open_or_create(path, new_attributes(task="segmentation"), overwrite=False)
+    skipped = [TileRow(f"t{i}", "none", skip_reason="no data") for i in range(TILES)]
+    writer.write_shard(0, skipped[:2], [], {})
+    zeros = {"stride_02": encode(np.zeros((1, len(STEPS), 1, 2, 2, 2), np.float32), "int8")}
+    row = TileRow("t2", "none", target=np.full((4, 4), 255, np.uint8), preview=np.zeros((4, 4, 3), np.uint8))
+    writer.write_shard(1, [row], [zeros], {})
+    nodes = {
+        str(file.parent.relative_to(path)): json.loads(file.read_bytes()) for file in path.rglob("zarr.json")
+    }
+    arrays = {name for name, node in nodes.items() if node["node_type"] == "array"} - {"commits"}
+    for record in open_store(path).commits:
+        assert {key.split("/c/")[0] for key in record["files"]} == arrays
+        assert sum(key.startswith(VALUES) for key in record["files"]) == len(STEPS)
+        assert all((path / key).is_file() for key in record["files"])
+
+
+# --- writes that fail
+
+
+def test_no_write_goes_on_once_another_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build(tmp_path / "s.zarr", shards=(0,))
+    writer = open_or_create(path, new_attributes(), overwrite=False)
+    calls: list[int] = []
+
+    def slow_disk(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        time.sleep(0.2)
+
+    before = files_of(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", slow_disk)
+        for _ in range(2):  # the writer that failed takes nothing more
+            with pytest.raises(StoreError, match="shard 1: the disk is full; committed shards are kept"):
+                write(writer, 1)
+        assert files_of(path) == before
+        time.sleep(0.5)
+        assert (files_of(path), len(calls)) == (before, 1)
+    assert open_store(path).colour(np.array([0, 1]))[:, 0].tolist() == [0, 1]
+    write(open_or_create(path, new_attributes(), overwrite=False), 1)
+    assert problems(path, deep=True) == []
+
+
+SMALL = ["source.tiles=4", "source.tile_size=32", "extract.threads=1", "store.tiles_per_shard=2"]
+LIMIT_THE_SECOND_SHARD = """
+import resource
+from satdifuser.cli import main
+from satdifuser.store.writer import StoreWriter
+write_shard = StoreWriter.write_shard
+def limited(self, shard, *rest):
+    if shard == 1:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    return write_shard(self, shard, *rest)
+StoreWriter.write_shard = limited
+main()
+"""
+
+
+def extraction(path: Path) -> list[str]:
+    return ["extract", "-o", str(path), *(word for setting in SMALL for word in ("--set", setting))]
+
+
+def refused_run(*command: str) -> str:
+    """Run a command that must fail; return its one line of explanation."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def finish(path: Path, expected: list[int]) -> None:
+    """After a refusal: committed shards are kept, nothing lies about, the same command completes."""
+    store = open_store(path)
+    assert store.missing_shards() == expected
+    assert store.previews(np.array([0, 1])).shape == (2, 32, 32, 3)
+    assert not list(path.rglob("*.partial"))
+    kept = (path / "commits/c/0").stat().st_mtime_ns
+    result = CliRunner().invoke(cli, extraction(path))
+    assert result.exit_code == 0, result.output
+    assert (path / "commits/c/0").stat().st_mtime_ns == kept
+    assert problems(path, deep=True) == []
+
+
+def test_extraction_meets_a_file_size_limit(tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    line = refused_run("-c", LIMIT_THE_SECOND_SHARD, *extraction(path))
+    assert line.startswith(f"error: {path}: shard 1: cannot write: [Errno {errno.EFBIG}]")
+    assert line.endswith("committed shards are kept: mend the cause and run the same command again")
+    finish(path, [1])
+
+
+@pytest.mark.slow
+def test_extraction_meets_a_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=560k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small tmpfs cannot be mounted here: needs root on Linux")
+    try:
+        line = refused_run("-m", "satdifuser", *extraction(disk / "s.zarr"))
+        assert line.startswith(f"error: {disk}/s.zarr: shard 1: the disk is full; committed shards are kept")
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        finish(disk / "s.zarr", [1])
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
