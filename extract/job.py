@@ -116,7 +116,9 @@ def new_attributes(
     per_shard = job.store.tiles_per_shard
     if per_shard == "auto":
         per_shard = auto_tiles_per_shard(layers, len(timesteps), job.store.encoding, len(records))
-    identity = _feature_identity(job, backbone, image_size, tile_size(records))
+    per_shard = min(per_shard, len(records))
+    size = tile_size(records)
+    identity = _feature_identity(job, backbone, image_size, size)
     ids = [record.tile_id for record in records]
     planned = Hashes(
         feature=canonical_hash(identity),
@@ -132,8 +134,8 @@ def new_attributes(
         ignore_value=source.ignore_value,
         tiles=len(records),
         left_out=source.left_out,
-        tile_size=tile_size(records),
-        tiles_per_shard=min(per_shard, len(records)),
+        tile_size=size,
+        tiles_per_shard=per_shard,
         timesteps=timesteps,
         layers=layers,
         encoding=job.store.encoding,
@@ -142,17 +144,25 @@ def new_attributes(
         backbone={"model": backbone.info.name, "weights_sha256": backbone.weights_digest},
         feature_identity=identity,
         planned=planned,
-        settings=settings_dict(job),
+        settings=resolved_settings(job, size, image_size, timesteps, per_shard),
     )
 
 
-def settings_dict(job: Job) -> dict[str, Any]:
-    """The resolved settings of a job as plain JSON values, by section."""
+def resolved_settings(
+    job: Job,
+    size: tuple[int, int],
+    image_size: tuple[int, int],
+    timesteps: list[int],
+    tiles_per_shard: int,
+) -> dict[str, Any]:
+    """The settings of a job as plain JSON values by section, with what their presets and autos became."""
+    source = job.source_settings.model_dump(mode="json") | {"tile_size": list(size)}
+    settings = job.settings.model_dump(mode="json")
     return {
-        "source": job.source_settings.model_dump(mode="json"),
+        "source": source,
         "backbone": job.backbone_settings.model_dump(mode="json"),
-        "extract": job.settings.model_dump(mode="json"),
-        "store": job.store.model_dump(mode="json"),
+        "extract": settings | {"image_size": list(image_size), "timesteps": timesteps},
+        "store": job.store.model_dump(mode="json") | {"tiles_per_shard": tiles_per_shard},
     }
 
 

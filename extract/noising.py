@@ -58,6 +58,10 @@ def check_timesteps(
                 f"extract.timesteps: got {wrong}, expected values from 0 to {train_steps - 1}"
             )
         return
+    if steps > train_steps:
+        raise SettingsError(
+            f"extract.steps: got {steps}, expected at most {train_steps}, the noise levels of the scheduler"
+        )
     grid = inversion_grid(train_steps, steps, offset)
     for t in timesteps:
         if t not in grid:

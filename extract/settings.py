@@ -95,7 +95,7 @@ class SyntheticSettings(Settings):
 
     kind: Literal["synthetic"] = "synthetic"
     task: Literal["classification", "segmentation"] = "classification"
-    tiles: PositiveInt = 600
+    tiles: PositiveInt = 900
     tile_size: Size = 64
     seed: NonNegativeInt = 0
     split: SplitShares = SplitShares()

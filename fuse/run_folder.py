@@ -44,12 +44,15 @@ class Run:
         """Its metrics.json.
 
         Raises:
-            RunError: the run has not been evaluated.
+            RunError: the run has not been evaluated, or the file is damaged.
         """
         path = self.path / "metrics.json"
         if not path.is_file():
             raise RunError(f"{self.path}: has no metrics.json; run `satdifuser evaluate {self.path}`")
-        metrics: dict[str, Any] = json.loads(path.read_text())
+        try:
+            metrics: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise RunError(f"{path}: is damaged: {error}; run `satdifuser evaluate {self.path}`") from error
         return metrics
 
 

@@ -63,7 +63,7 @@ class FitSettings(Settings):
     warmup_steps: NonNegativeInt = 20
     epochs: PositiveInt = 8
     batch_size: PositiveInt = 16
-    lr: PositiveFloat = 0.002
+    lr: PositiveFloat = 0.004
     warmup_epochs: NonNegativeInt = 1
     warmup_lr: PositiveFloat = 2e-5
     final_lr: PositiveFloat = 1e-5

@@ -312,7 +312,8 @@ def load_network(run: Run, store: FeatureStore) -> tuple[Network, Statistics | N
     network = new_network(store, settings, run.info["fusion"])
     state, statistics = load_weights(run)
     network.load_state_dict(state)
-    return network.to(choose_device(settings.device)).eval(), statistics, settings
+    # not the device of the fit: a run made on a GPU is used on machines without one
+    return network.to(choose_device("auto")).eval(), statistics, settings
 
 
 def learning_rate(epoch: float, settings: FitSettings) -> float:
@@ -347,7 +348,18 @@ def to_device(maps: FeatureMaps, device: torch.device) -> FeatureMaps:
 
 
 def choose_device(device: str) -> torch.device:
-    """``auto`` is a GPU where there is one."""
+    """``auto`` is a GPU where there is one.
+
+    Raises:
+        SettingsError: the device is not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(
+            f"fit.device: {device!r} is not available here: {error}; use auto or cpu"
+        ) from error
+    return chosen

@@ -251,7 +251,16 @@ class FeatureStore(ShardedStore):
             split: train, val, test, none; None for all.
             batch_size: Tiles per batch; the last may be smaller.
             seed: Shuffles with this seed; None keeps the store's order.
+
+        Yields:
+            Decoded maps (B, T, L, C, H, W) float32 by group, targets, tile ids and rows.
+
+        Raises:
+            SettingsError: batch_size is under 1, or split is not the name of one.
+            StoreError: shards are missing or damaged, or the split holds no tile.
         """
+        if batch_size < 1:
+            raise SettingsError(f"batch_size: got {batch_size}, expected 1 or more")
         rows = self.select(split)
         if seed is not None:
             rows = np.random.default_rng(seed).permutation(rows)

@@ -387,7 +387,7 @@ def test_interrupted_fit_resumes_to_the_same_weights(
 def test_a_run_of_other_settings_is_refused(config: Path, store: Path, fitted: Path) -> None:
     result = call("fit", store, "-c", config, "-o", fitted.parent, "--set", "fit.lr=0.5")
     assert result.exit_code == 1
-    assert "holds a run of other settings:\n  settings.lr: run has 0.002, asked for 0.5\n" in result.stderr
+    assert "holds a run of other settings:\n  settings.lr: run has 0.004, asked for 0.5\n" in result.stderr
 
 
 def test_after_extraction_diffusers_is_not_needed(config: Path, store: Path, tmp_path: Path) -> None:

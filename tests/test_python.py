@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import pydoc
@@ -150,9 +151,24 @@ def test_fit_gives_a_run_with_metrics(store: FeatureStore, run: Run) -> None:
 
 def test_the_settings_of_a_run_are_a_pipeline_file(store: FeatureStore, run: Run) -> None:
     pipeline = load_pipeline(run.path / "settings.yaml")
-    assert pipeline.source.model_dump() == store.attributes.settings["source"]
+    assert pipeline.source.model_dump(mode="json") == store.attributes.settings["source"]
     assert (pipeline.extract.batch_size, pipeline.backbone.device) == (4, "cpu")
     assert (pipeline.fit.epochs, pipeline.evaluate.bootstrap) == (1, 10)
+
+
+def test_a_store_names_what_presets_and_autos_became(store: FeatureStore) -> None:
+    settings = store.attributes.settings
+    assert settings["source"]["tile_size"] == list(store.attributes.tile_size)
+    assert settings["extract"]["timesteps"] == [21, 61]
+    assert settings["store"]["tiles_per_shard"] == store.attributes.tiles_per_shard
+    stages = {section: settings[section] for section in ("source", "backbone", "extract", "store")}
+    assert "auto" not in str(stages)
+
+
+def test_damaged_metrics_are_named(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(RunError, match=r"metrics\.json: is damaged: .*; run `satdifuser evaluate "):
+        _ = dataclasses.replace(run, path=tmp_path).metrics
 
 
 def test_fit_measures_again_when_asked_otherwise(store: FeatureStore, tmp_path: Path) -> None:
@@ -203,6 +219,14 @@ WRONG: list[tuple[Callable[[FeatureStore, Path], Any], type[SatDiFuserError], st
     (lambda s, p: satdifuser.fit(s, task="segmentation"), SettingsError, r"fit\.task: got segmentation"),
     (lambda s, p: s.pooled(timestep=5), SettingsError, r"timestep 5 is not in .*; it holds \[21, 61\]"),
     (lambda s, p: s.pooled(layer="attn"), SettingsError, r"layer 'attn' is not in "),
+    (lambda s, p: list(s.batches(batch_size=0)), SettingsError, "batch_size: got 0, expected 1 or more"),
+    (
+        lambda s, p: satdifuser.extract(
+            SOURCE, BACKBONE, p / "o", extract={"noising": "inversion", "steps": 2000}
+        ),
+        SettingsError,
+        r"extract\.steps: got 2000, expected at most 1000, the noise levels of the scheduler",
+    ),
     (lambda s, p: list(s.batches(split="tst")), SettingsError, "split: got 'tst', expected one of none, "),
 ]
 

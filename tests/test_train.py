@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from satdifuser.errors import SettingsError
 from satdifuser.fuse.settings import FitSettings
-from satdifuser.fuse.train import learning_rate, training_order
+from satdifuser.fuse.train import choose_device, learning_rate, training_order
 
 
 @pytest.mark.parametrize(("tiles", "expected"), [(1, 1), (8, 8), (9, 8), (10, 10)])
@@ -27,3 +28,9 @@ def test_the_learning_rate_warms_up_then_decays() -> None:
     assert learning_rate(2, settings) == pytest.approx(0.01)
     assert learning_rate(6, settings) == pytest.approx((0.01 + 1e-5) / 2)
     assert learning_rate(10, settings) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_a_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(SettingsError, match=f"fit.device: '{device}' is not available here: "):
+        choose_device(device)
