@@ -113,10 +113,10 @@ def new_attributes(
 ) -> Attributes:
     """What a new store will declare about itself."""
     timesteps = resolve_timesteps(job.settings.timesteps)
-    per_shard = job.store.tiles_per_shard
-    if per_shard == "auto":
-        per_shard = auto_tiles_per_shard(layers, len(timesteps), job.store.encoding, len(records))
-    per_shard = min(per_shard, len(records))
+    asked = job.store.tiles_per_shard
+    if asked == "auto":
+        asked = auto_tiles_per_shard(layers, len(timesteps), job.store.encoding, len(records))
+    per_shard = min(asked, len(records))
     size = tile_size(records)
     identity = _feature_identity(job, backbone, image_size, size)
     ids = [record.tile_id for record in records]
