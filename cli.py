@@ -7,6 +7,7 @@ stdout is data, everything else goes to stderr. Exit codes: 0 done, 1 failed, 2 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,11 +98,17 @@ def run(config: Path | None, overrides: tuple[str, ...], out: Path | None, overw
 @json_option
 def tiles(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """List the tiles a source yields; the first thing to run on your own images."""
-    from satdifuser.extract.listing import describe_tiles, format_tile
+    from satdifuser.extract.listing import describe_tiles, format_counts, format_tile
+    from satdifuser.extract.settings import image_settings
+    from satdifuser.extract.sources import open_source
 
-    pipeline = _load(config, overrides)
-    for line in describe_tiles(pipeline.source):
+    settings = _load(config, overrides).source
+    source = open_source(settings)
+    kinds: Counter[str] = Counter()
+    for line in describe_tiles(source, image_settings(settings)):
+        kinds["skipped" if "error" in line else line["split"]] += 1
         click.echo(json.dumps(line) if as_json else format_tile(line))
+    click.echo(format_counts(kinds, source.left_out), err=True)
 
 
 @cli.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,15 +16,15 @@ from satdifuser.extract.layers import select_layers
 from satdifuser.extract.settings import (
     BackboneSettings,
     ExtractSettings,
+    ImageSettings,
     SourceSettings,
-    image_settings,
 )
 from satdifuser.extract.sources import list_tiles, open_source
 from satdifuser.extract.sources.tile import Source, Tile
 from satdifuser.store.schema import LayerInfo
 
 
-def describe_tiles(settings: SourceSettings) -> Iterator[dict[str, Any]]:
+def describe_tiles(source: Source, images: ImageSettings) -> Iterator[dict[str, Any]]:
     """Read every tile of a source and describe it.
 
     Yields:
@@ -31,8 +32,6 @@ def describe_tiles(settings: SourceSettings) -> Iterator[dict[str, Any]]:
         red, green and blue in [0, 1], bounds, crs, date, valid_share, padded; or an ``error`` in place of
         what could not be read where ``on_error`` is skip.
     """
-    source = open_source(settings)
-    images = image_settings(settings)
     for record in list_tiles(source):
         place = record.georeference
         line: dict[str, Any] = {
@@ -69,6 +68,12 @@ def _target(source: Source, tile: Tile) -> Any:
         names = dict(enumerate(source.classes)) | {source.ignore_value: "ignored"}
         return {names[int(v)]: round(int(n) / tile.mask.size, 6) for v, n in zip(values, counts, strict=True)}
     return None if tile.record.label is None else source.classes[tile.record.label]
+
+
+def format_counts(kinds: Counter[str], left_out: int) -> str:
+    """The last line of the list: tiles by split, skipped ones, and those with too few valid pixels."""
+    parts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return f"{kinds.total()} tiles ({parts}); {left_out} left out for lack of valid pixels"
 
 
 def format_tile(line: dict[str, Any]) -> str:

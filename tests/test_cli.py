@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,11 @@ def test_tiles(config: Path) -> None:
     assert {line["split"] for line in lines} == {"train", "val", "test"}
     assert all(line["size"] == [32, 32] and line["bands"] == 3 for line in lines)
     assert all(0 <= mean <= 1 for line in lines for mean in line["prepared_means"])
-    assert len(succeed("tiles", "-c", config).splitlines()) == 24
+    plain = call("tiles", "-c", config)
+    assert len(plain.stdout.splitlines()) == 24
+    counts = Counter(line["split"] for line in lines)
+    parts = ", ".join(f"{count} {split}" for split, count in counts.most_common())
+    assert plain.stderr == f"24 tiles ({parts}); 0 left out for lack of valid pixels\n"
 
 
 def test_layers(config: Path, store: Path) -> None:
