@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from satdifuser.pipeline import Pipeline
 
 
+WHOLE = {
+    True: "whole (every byte checked)",
+    False: "all files are there in their sizes; --deep also reads every byte",
+}
+
+
 class _Failure(click.ClickException):
     """An error already explained to the user, with its exit code."""
 
@@ -50,7 +56,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="satdifuser")
 def cli() -> None:
-    """Diffusion features of satellite images: extract once, then fit, evaluate and map from the store."""
+    """Diffusion features of satellite images: extract once, then fit and evaluate from the store."""
 
 
 def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,12 +223,15 @@ def verify(ctx: click.Context, store: Path, deep: bool, as_json: bool) -> None:
     from satdifuser.store.reader import open_store
     from satdifuser.store.verify import verify as check
 
-    problems = check(open_store(store), deep)
+    opened = open_store(store)
+    problems = check(opened, deep)
     if as_json:
         click.echo(json.dumps({"ok": not problems, "deep": deep, "problems": problems}))
     else:
-        click.echo("\n".join(problems) or f"{store}: whole{' (every byte checked)' if deep else ''}")
-    if problems:
+        click.echo("\n".join(problems) or f"{store}: {WHOLE[deep]}")
+    if opened.missing_shards():
+        click.echo(f"{opened.missing_text()}: run the same `satdifuser extract` command again", err=True)
+    elif problems:
         click.echo(
             f"to mend: delete {store}/commits/c/N of each damaged shard N, then run the same "
             "`satdifuser extract` command again; or copy the store anew",

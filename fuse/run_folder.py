@@ -8,6 +8,7 @@ checkpoint.pt        only while training is unfinished
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from satdifuser.errors import RunError
 from satdifuser.fuse.data import Statistics
@@ -88,7 +89,9 @@ def save_run(
         for group, (mean, spread) in (statistics or {}).items():
             arrays[f"{STATISTICS_PREFIX}{group}.mean"] = mean
             arrays[f"{STATISTICS_PREFIX}{group}.spread"] = spread
-        write_durably(path / MODEL_FILE, save(arrays))
+        weights = save(arrays)
+        write_durably(path / MODEL_FILE, weights)
+        info = info | {"model_sha256": hashlib.sha256(weights).hexdigest()}
     write_durably(path / RUN_FILE, (json.dumps(info, indent=1) + "\n").encode())
     return Run(path, info)
 
@@ -99,10 +102,14 @@ def load_weights(run: Run) -> tuple[dict[str, torch.Tensor], Statistics | None]:
     Raises:
         RunError: the file is missing or damaged.
     """
+    file = run.path / MODEL_FILE
     try:
-        arrays = load_file(run.path / MODEL_FILE)
-    except Exception as error:  # safetensors has an error class of its own for each fault
-        raise RunError(f"{run.path / MODEL_FILE}: cannot read the weights: {error}") from error
+        data = file.read_bytes()
+    except OSError as error:
+        raise RunError(f"{file}: cannot read the weights: {error}; fit again with --overwrite") from error
+    if hashlib.sha256(data).hexdigest() != run.info.get("model_sha256"):
+        raise RunError(f"{file}: was altered after the fit (SHA-256 differs); fit again with --overwrite")
+    arrays = load(data)
     kept = {name: arrays.pop(name) for name in list(arrays) if name.startswith(STATISTICS_PREFIX)}
     groups = {name.split(".")[1] for name in kept}
     statistics = {

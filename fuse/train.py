@@ -170,6 +170,8 @@ class Training:
         loss = self._train_epoch(epoch)
         metrics = measure(self.store, predict(self.network, self.val, self.settings, self.statistics))
         value = metrics[MAIN_METRIC[str(self.store.attributes.task)]]
+        if not math.isfinite(value):
+            raise RunError(f"{self.store.path}: split 'val' holds no labelled pixel to choose an epoch by")
         self.epoch = epoch + 1
         if value > self.best_value:
             self.best_value, self.best_epoch = value, self.epoch

@@ -80,8 +80,8 @@ def open_or_create(path: Path, attributes: Attributes, overwrite: bool) -> Store
         shutil.rmtree(stale, ignore_errors=True)
     if path.exists() and not is_store(path):
         raise StoreError(f"{path}: exists and is not a feature store; choose another output path")
-    if path.exists() and overwrite:
-        shutil.rmtree(path)
+    if path.exists() and (overwrite or not any(FeatureStore(path).commits)):
+        shutil.rmtree(path)  # nothing is lost with a store in which nothing was committed
     if path.exists():
         _check_same(path, attributes)
     else:
@@ -91,9 +91,10 @@ def open_or_create(path: Path, attributes: Attributes, overwrite: bool) -> Store
 
 def _check_same(path: Path, attributes: Attributes) -> None:
     existing = FeatureStore(path).attributes
-    if existing.planned == attributes.planned:
+    fields = differing_fields(_source(attributes), _source(existing))
+    if existing.planned == attributes.planned and not fields:
         return
-    fields = differing_fields(attributes.feature_identity, existing.feature_identity)
+    fields += differing_fields(attributes.feature_identity, existing.feature_identity)
     for name in ("timesteps", "layers", "tiles"):
         if getattr(existing, name) != getattr(attributes, name):
             fields.append(f"{name}: {_brief(existing, name)}, asked for {_brief(attributes, name)}")
@@ -103,6 +104,12 @@ def _check_same(path: Path, attributes: Attributes) -> None:
         + "\n  ".join(fields + listing)
         + "\nwrite to another path, or replace the store with --overwrite"
     )
+
+
+def _source(attributes: Attributes) -> dict[str, Any]:
+    """Where the tiles came from, since equal tile ids may stand for other images."""
+    settings = attributes.settings.get("source", {})
+    return {"source": {key: value for key, value in settings.items() if key != "on_error"}}
 
 
 def _brief(attributes: Attributes, name: str) -> str:

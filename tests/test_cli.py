@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,6 +187,31 @@ def test_other_settings_are_refused_until_overwritten(config: Path, tmp_path: Pa
     assert digest(tmp_path / "s.zarr") == first
     succeed(*words, "--set", "extract.seed=1", "--overwrite")
     assert digest(tmp_path / "s.zarr") != first
+
+
+def test_a_store_of_other_images_is_refused(config: Path, store: Path) -> None:
+    result = call("extract", "-c", config, "-o", store, "--set", "source.seed=7")
+    assert result.exit_code == 1
+    assert "  source.seed: store has 0, asked for 7\n" in result.stderr
+
+
+def test_a_store_in_which_nothing_was_committed_is_replaced(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "begun.zarr"
+    succeed("extract", "-c", config, "-o", out)
+    shutil.rmtree(out / "commits/c")
+    assert call("store", "verify", out).stderr.endswith("run the same `satdifuser extract` command again\n")
+    succeed("extract", "-c", config, "-o", out, "--set", "source.seed=7")
+    assert succeed_json("store", "info", out)["content_digest"]
+
+
+def test_altered_weights_are_refused(fitted: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(fitted, tmp_path / "run")
+    weights = bytearray((run / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (run / "model.safetensors").write_bytes(weights)
+    result = call("evaluate", run)
+    assert result.exit_code == 1
+    assert "model.safetensors: was altered after the fit (SHA-256 differs); fit again" in result.stderr
 
 
 def test_store_info(store: Path) -> None:

@@ -234,6 +234,11 @@ def test_a_run_folder_holds_its_resolved_settings(store: FeatureStore, tmp_path:
     assert measured == sections | {"evaluate": QUICK.model_dump(mode="json")}
 
 
+def test_a_val_split_without_labels_is_refused(store: FeatureStore, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="split 'val' holds no labelled pixel to choose an epoch by"):
+        fit(store, FIT, "global", 0, tmp_path / "run", lambda _, __: {"accuracy": float("nan")})
+
+
 def test_masks_are_kept_of_tiles_spread_over_the_split(mask_store: FeatureStore, tmp_path: Path) -> None:
     run = fit(mask_store, FIT.model_copy(update={"batch_size": 5}), "global", 0, tmp_path / "run", measure)
     evaluate_run(run.path, None, QUICK)

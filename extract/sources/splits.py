@@ -159,7 +159,7 @@ def check_records(records: Sequence[TileRecord], source: Source) -> None:
     if not records:
         raise SourceError(
             f"source: no tiles, {source.left_out} left out for too little valid data; "
-            "check source.root, or lower source.min_valid"
+            "check source.root and what its files are, or lower source.min_valid where there is one"
         )
     seen: dict[str, TileRecord] = {}
     for record in records:
@@ -167,7 +167,7 @@ def check_records(records: Sequence[TileRecord], source: Source) -> None:
         if twin is not record:
             raise SourceError(
                 f"tile id {record.tile_id!r} appears twice, in {twin.path} and {record.path}; "
-                "rename or remove one"
+                "rename one, or list it once"
             )
     check_splits(records, source.splits)
 
