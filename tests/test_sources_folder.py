@@ -237,6 +237,7 @@ def test_error_label_outside_the_class_list(classes: Path) -> None:
         ("not json", "not a class list (JSONDecodeError"),
         ('{"names": []}', "not a class list (KeyError"),
         ('{"classes": [1]}', "not a class list (TypeError"),
+        ('{"classes": {"0": "field"}}', "not a class list (TypeError: classes is no list"),
         ('{"classes": ["a", "a"]}', "class name a appears twice"),
         ('{"classes": [{"id": 255, "name": "a"}]}', "255 is both a class id and the ignored value"),
         (

@@ -84,6 +84,8 @@ def read_classes(path: Path) -> ClassList:
         raise SourceError(f"{path}: no such class list; name one in source.classes")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content["classes"], list):
+            raise TypeError("classes is no list")
         names, ids = zip(*map(parse_class, range(len(content["classes"])), content["classes"]), strict=True)
         return ClassList(names, ids, int(content.get("ignore_index", IGNORE)), str(path))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
