@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from satdifuser.pipeline import Pipeline
 
 
-WHOLE = {
-    True: "whole (every byte checked)",
-    False: "all files are there in their sizes; --deep also reads every byte",
-}
-
-
 class _Failure(click.ClickException):
     """An error already explained to the user, with its exit code."""
 
@@ -228,7 +222,8 @@ def verify(ctx: click.Context, store: Path, deep: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"ok": not problems, "deep": deep, "problems": problems}))
     else:
-        click.echo("\n".join(problems) or f"{store}: {WHOLE[deep]}")
+        cheap = "all files are there in their sizes; --deep also reads every byte"
+        click.echo("\n".join(problems) or f"{store}: {'whole (every byte checked)' if deep else cheap}")
     if opened.missing_shards():
         click.echo(f"{opened.missing_text()}: run the same `satdifuser extract` command again", err=True)
     elif problems:

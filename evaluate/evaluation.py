@@ -24,13 +24,11 @@ from satdifuser.evaluate.intervals import classification_intervals, segmentation
 from satdifuser.evaluate.metrics import classification_metrics, confusion_matrix, segmentation_metrics
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse.data import MapLoader
-from satdifuser.fuse.run_folder import SETTINGS_FILE, Run, open_run
+from satdifuser.fuse.run_folder import METRICS_FILE, SETTINGS_FILE, Run, open_run
 from satdifuser.fuse.train import Prediction, labelled, load_network, predict
 from satdifuser.store.files import write_durably
 from satdifuser.store.reader import FeatureStore, Indices, open_store
 from satdifuser.store.schema import canonical_hash, differing_fields
-
-METRICS_FILE = "metrics.json"
 
 
 @dataclass

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from satdifuser.errors import RunError
-from satdifuser.fuse.run_folder import Run, open_run
+from satdifuser.fuse.run_folder import METRICS_FILE, RUN_FILE, Run, open_run
 from satdifuser.fuse.train import MAIN_METRIC
 
 RUN_FIELDS = ["name", "kind", "task", "fusion", "head", "seed", "classes", "ignore_value", "timesteps"]
@@ -62,8 +62,8 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
     """Open run folders and see that they can stand in one table."""
     runs = [open_run(folder) for folder in folders]
     for run in runs:
-        metrics, path = run.metrics, run.path / "metrics.json"
-        require(run.path / "run.json", run.info, RUN_FIELDS)
+        metrics, path = run.metrics, run.path / METRICS_FILE
+        require(run.path / RUN_FILE, run.info, RUN_FIELDS)
         require(path, metrics, ["evaluate"])
         for split in ("val", reported_split(run)):
             require(f"{path}, {split},", metrics.get(split, {}), [main_metric(run)])

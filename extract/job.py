@@ -16,10 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from satdifuser.errors import SourceError
-from satdifuser.extract.backbone import Backbone, BackboneInfo, tensor_digest
+from satdifuser.extract.backbone import Backbone, BackboneInfo, resolve_device, tensor_digest
 from satdifuser.extract.images import COLOUR_STATISTICS, resolve_image_size
 from satdifuser.extract.layers import select_layers
 from satdifuser.extract.noising import SEED_RULE, check_timesteps, resolve_timesteps
@@ -65,7 +63,7 @@ def fix_automatic(job: Job, out: Path, overwrite: bool) -> Job:
     begun = FeatureStore(out).attributes.feature_identity if is_store(out) and not overwrite else {}
     device = job.backbone_settings.device
     if device == "auto":
-        device = str(begun.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = str(begun.get("device") or resolve_device("auto"))
     batch, threads = job.settings.batch_size, job.settings.threads
     if batch == "auto":
         batch = begun.get("batch_size") or (GPU_BATCH if device.startswith("cuda") else CPU_BATCH)

@@ -24,11 +24,12 @@ from satdifuser.errors import RunError
 from satdifuser.fuse.data import Statistics
 from satdifuser.store.files import write_durably
 
-RUN_FILE, MODEL_FILE, SETTINGS_FILE, CHECKPOINT_FILE = (
+RUN_FILE, MODEL_FILE, SETTINGS_FILE, CHECKPOINT_FILE, METRICS_FILE = (
     "run.json",
     "model.safetensors",
     "settings.yaml",
     "checkpoint.pt",
+    "metrics.json",
 )
 STATISTICS_PREFIX = "statistics."
 
@@ -47,7 +48,7 @@ class Run:
         Raises:
             RunError: the run has not been evaluated, or the file is damaged.
         """
-        path = self.path / "metrics.json"
+        path = self.path / METRICS_FILE
         if not path.is_file():
             raise RunError(f"{self.path}: has no metrics.json; run `satdifuser evaluate {self.path}`")
         try:

@@ -80,17 +80,18 @@ def open_or_create(path: Path, attributes: Attributes, overwrite: bool) -> Store
         shutil.rmtree(stale, ignore_errors=True)
     if path.exists() and not is_store(path):
         raise StoreError(f"{path}: exists and is not a feature store; choose another output path")
-    if path.exists() and (overwrite or not any(FeatureStore(path).commits)):
-        shutil.rmtree(path)  # nothing is lost with a store in which nothing was committed
-    if path.exists():
-        _check_same(path, attributes)
-    else:
-        create_store(path, attributes)
+    if path.exists() and not overwrite:
+        store = FeatureStore(path)
+        if any(store.commits):
+            _check_same(path, store.attributes, attributes)
+            return StoreWriter(path)
+    if path.exists():  # to be overwritten, or nothing was committed in it
+        shutil.rmtree(path)
+    create_store(path, attributes)
     return StoreWriter(path)
 
 
-def _check_same(path: Path, attributes: Attributes) -> None:
-    existing = FeatureStore(path).attributes
+def _check_same(path: Path, existing: Attributes, attributes: Attributes) -> None:
     fields = differing_fields(_source(attributes), _source(existing))
     if existing.planned == attributes.planned and not fields:
         return

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from made_up import store_attributes
 from numpy.typing import NDArray
 
 from satdifuser.errors import RunError
@@ -29,8 +28,10 @@ from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse.run_folder import Run, open_run
 from satdifuser.store.encoding import encode
 from satdifuser.store.reader import FeatureStore
-from satdifuser.store.schema import Attributes, Hashes, LayerInfo
+from satdifuser.store.schema import LayerInfo
 from satdifuser.store.writer import TileRow, open_or_create
+
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 SPLITS = ["train"] * 12 + ["val"] * 6 + ["test"] * 6
 CLASSES, SIZE, IGNORE = 3, 16, 255
@@ -48,28 +49,19 @@ def make_store(path: Path, task: str, test_seed: int = 0) -> FeatureStore:
     The first channel of the fine layer is the class, of a tile or of each of its 4 x 4 cells; the rest is
     noise. A corner of each mask is not labelled.
     """
-    attributes = Attributes.model_validate(
-        {
-            "store_id": "x",
-            "created": "now",
-            "software": {},
-            "task": task,
-            "classes": [f"class {c}" for c in range(CLASSES)],
-            "ignore_value": IGNORE,
-            "tiles": len(SPLITS),
-            "left_out": 0,
-            "tile_size": (SIZE, SIZE),
-            "tiles_per_shard": len(SPLITS),
-            "timesteps": [21],
-            "layers": LAYERS,
-            "encoding": "float32",
-            "previews": True,
-            "colour_statistics": ["mean", "std"],
-            "backbone": {"model": "a"},
-            "feature_identity": {},
-            "planned": Hashes(feature="f", contents="c", labels="l"),
-            "settings": {"source": {"kind": "synthetic"}},
-        }
+    attributes = store_attributes(
+        task=task,
+        classes=[f"class {c}" for c in range(CLASSES)],
+        ignore_value=IGNORE,
+        tiles=len(SPLITS),
+        tile_size=(SIZE, SIZE),
+        tiles_per_shard=len(SPLITS),
+        timesteps=[21],
+        layers=LAYERS,
+        encoding="float32",
+        previews=True,
+        colour_statistics=["mean", "std"],
+        settings={"source": {"kind": "synthetic"}},
     )
     tiles = [make_tile(index, split, task, test_seed) for index, split in enumerate(SPLITS)]
     groups = {f"stride_{layer.stride:02}": layer.name for layer in LAYERS}
@@ -103,13 +95,6 @@ def make_tile(
         preview=random.integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8),
     )
     return row, maps
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from made_up import store_attributes
 from numpy.typing import NDArray
 
 from satdifuser.errors import RunError
@@ -35,8 +35,10 @@ from satdifuser.fuse.train import fit
 from satdifuser.pipeline import Pipeline, fit_all, validate_settings
 from satdifuser.store.encoding import encode
 from satdifuser.store.reader import FeatureStore
-from satdifuser.store.schema import Attributes, Hashes, LayerInfo
+from satdifuser.store.schema import Hashes, LayerInfo
 from satdifuser.store.writer import TileRow, open_or_create
+
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 SPLITS = ["train"] * 8 + ["val"] * 4 + ["test"] * 12
 LAYER = LayerInfo(name="up.attn1", channels=4, stride=4, height=4, width=4)
@@ -48,28 +50,19 @@ def make_store(
     path: Path, task: str, classes: int = 3, feature_hash: str = "f", splits: Sequence[str] = SPLITS
 ) -> FeatureStore:
     """Write a store of 16 x 16 px tiles whose features know a little of the targets."""
-    attributes = Attributes.model_validate(
-        {
-            "store_id": "x",
-            "created": "now",
-            "software": {},
-            "task": task,
-            "classes": [f"class {c}" for c in range(classes)],
-            "ignore_value": 255,
-            "tiles": len(splits),
-            "left_out": 0,
-            "tile_size": (16, 16),
-            "tiles_per_shard": len(splits),
-            "timesteps": [21],
-            "layers": [LAYER],
-            "encoding": "float32",
-            "previews": False,
-            "colour_statistics": ["mean"],
-            "backbone": {"model": "a"},
-            "feature_identity": {},
-            "planned": Hashes(feature=feature_hash, contents="c", labels="l"),
-            "settings": {"source": {"kind": "synthetic"}, "extract": {"seed": 0}},
-        }
+    attributes = store_attributes(
+        task=task,
+        classes=[f"class {c}" for c in range(classes)],
+        tiles=len(splits),
+        tile_size=(16, 16),
+        tiles_per_shard=len(splits),
+        timesteps=[21],
+        layers=[LAYER],
+        encoding="float32",
+        previews=False,
+        colour_statistics=["mean"],
+        planned=Hashes(feature=feature_hash, contents="c", labels="l"),
+        settings={"source": {"kind": "synthetic"}, "extract": {"seed": 0}},
     )
     random = np.random.default_rng(0)
     coarse = random.integers(0, classes, (len(splits), 4, 4))
@@ -86,13 +79,6 @@ def make_store(
     writer = open_or_create(path, attributes, overwrite=False)
     writer.write_shard(0, rows, [{"stride_04": encode(maps, "float32")}], {})
     return FeatureStore(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from made_up import tiny_unet
 from torch import nn
 
 from satdifuser.errors import SettingsError
@@ -18,15 +19,7 @@ DEFAULT = ["up_blocks.*.attn1", "up_blocks.*.conv2"]
 @pytest.fixture(scope="module")
 def unet() -> Any:
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
+    return tiny_unet().eval()
 
 
 def inputs(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

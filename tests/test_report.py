@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+from made_up import run_record
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -43,26 +44,17 @@ TILES = 40
 def fake_run(folder: Path, **changes: Any) -> Path:
     """Write a run folder as `fit` and `evaluate` do; `skill` is how often it is right on `split`."""
     skill, seed, split = changes.pop("skill", 0.8), changes.get("seed", 0), changes.pop("split", "test")
-    info = {
-        "name": folder.name,
-        "kind": "fusion",
-        "task": "classification",
-        "fusion": "global",
-        "head": "linear",
-        "seed": seed,
-        "classes": CLASSES,
-        "ignore_value": 255,
-        "timesteps": [21, 61, 161],
-        "layers": [{"name": name, "channels": 64, "stride": 8} for name in LAYERS],
-        "store": {"path": "features.zarr", "hashes": {"feature": "f1", "contents": "c1", "labels": "l1"}},
-        "history": [
+    info = run_record(
+        name=folder.name,
+        classes=CLASSES,
+        timesteps=[21, 61, 161],
+        layers=[{"name": name, "channels": 64, "stride": 8} for name in LAYERS],
+        history=[
             {"epoch": e, "train_loss": 2 / e, "val": {"accuracy": skill - 0.3 / e, "miou": skill - 0.3 / e}}
             for e in range(1, 9)
         ],
-        "parameters": 123456,
-        "seconds": 12.34,
-        "weights": None,
-    } | changes
+    )
+    info |= changes
     predict = fake_classification if info["task"] == "classification" else fake_segmentation
     folder.mkdir(parents=True)
     table, reported = predict(folder, np.random.default_rng(seed), skill)

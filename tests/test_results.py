@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_up import run_record
 
 from satdifuser.errors import RunError
 from satdifuser.evaluate.results import format_table, results_table
@@ -20,27 +21,16 @@ HASHES = {"feature": "f1", "contents": "c1", "labels": "l1"}
 def fake_run(folder: Path, val: float, reported: float = 0.5, **changes: Any) -> Path:
     """Write what the table reads of a run; `evaluate` in the changes updates how it was measured."""
     evaluate = {"split": "test", "bootstrap": 1000, "level": 0.95} | changes.pop("evaluate", {})
-    info = {
-        "name": folder.name,
-        "kind": "fusion",
-        "task": "classification",
-        "fusion": "global",
-        "head": "linear",
-        "seed": 0,
-        "classes": ["sea", "land"],
-        "ignore_value": 255,
-        "timesteps": [21, 61],
-        "layers": [{"name": "up_blocks.1.resnets.0.conv2", "channels": 64, "stride": 8}],
-        "store": {"path": "features.zarr", "hashes": HASHES},
-        "history": [],
-        "parameters": 123456,
-        "seconds": 12.34,
-        "weights": None,
-    }
+    info = run_record(
+        name=folder.name,
+        classes=["sea", "land"],
+        layers=[{"name": "up_blocks.1.resnets.0.conv2", "channels": 64, "stride": 8}],
+        **changes,
+    )
     interval = {"accuracy": [reported - 0.05, reported + 0.05]}
     scores = {"val": {"accuracy": val}, evaluate["split"]: {"accuracy": reported, "interval": interval}}
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps(info | changes))
+    (folder / "run.json").write_text(json.dumps(info))
     (folder / "metrics.json").write_text(json.dumps({"evaluate": evaluate, **scores}))
     return folder
 

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from made_up import store_attributes
 from numpy.typing import NDArray
 
 from satdifuser.errors import SettingsError, StoreError
@@ -34,6 +34,8 @@ from satdifuser.store.summary import describe_store, format_store
 from satdifuser.store.verify import verify
 from satdifuser.store.writer import StoreWriter, TileRow, open_or_create
 
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")  # but one test checks that it is asked for
+
 ENCODINGS: list[Encoding] = ["float32", "float16", "int8"]
 LAYERS = [
     LayerInfo(name=f"up.{i}.attn1", channels=c, stride=s, height=16 // s, width=16 // s)
@@ -46,14 +48,9 @@ IDENTITY: dict[str, Any] = {"backbone": {"model": "a"}, "steps": 50}
 
 def attributes(**changes: Any) -> Attributes:
     fields: dict[str, Any] = {
-        "store_id": "x",
-        "created": "now",
-        "software": {"satdifuser": "0"},
         "task": "classification",
         "classes": ["sea", "land"],
-        "ignore_value": 255,
         "tiles": TILES,
-        "left_out": 0,
         "tile_size": (16, 16),
         "tiles_per_shard": 2,  # the last shard holds one tile
         "timesteps": STEPS,
@@ -61,12 +58,10 @@ def attributes(**changes: Any) -> Attributes:
         "encoding": "int8",
         "previews": True,
         "colour_statistics": ["mean"],
-        "backbone": {"model": "a"},
         "feature_identity": IDENTITY,
-        "planned": Hashes(feature="f", contents="c", labels="l"),
         "settings": {},
     }
-    return Attributes.model_validate(fields | changes)
+    return store_attributes(**fields | changes)
 
 
 def tile_maps(tile: int) -> dict[str, NDArray[np.float32]]:
@@ -112,14 +107,6 @@ def fill(writer: StoreWriter, shards: list[int] | None = None) -> None:
 def build(path: Path, shards: list[int] | None = None, **changes: Any) -> FeatureStore:
     fill(open_or_create(path, attributes(**changes), overwrite=False), shards)
     return open_store(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    """Syncing takes most of the time here; one test below checks that it is asked for."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @pytest.fixture(scope="module", params=ENCODINGS)

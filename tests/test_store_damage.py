@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 import xarray as xr
 import zarr
 from click.testing import CliRunner
+from made_up import store_attributes
 from numpy.typing import NDArray
 
 from satdifuser.cli import cli
@@ -26,9 +27,11 @@ from satdifuser.errors import StoreError
 from satdifuser.store.encoding import encode
 from satdifuser.store.metadata import seal
 from satdifuser.store.reader import FeatureStore, open_store
-from satdifuser.store.schema import Attributes, Hashes, LayerInfo
+from satdifuser.store.schema import Attributes, LayerInfo
 from satdifuser.store.verify import verify
 from satdifuser.store.writer import StoreWriter, TileRow, open_or_create
+
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 TILES, PER_SHARD, STEPS = 3, 2, [1, 101]
 LAYER = LayerInfo(name="up.0.attn1", channels=2, stride=2, height=2, width=2)
@@ -37,14 +40,9 @@ VALUES = "features/stride_02/values/c"
 
 def new_attributes(**changes: Any) -> Attributes:
     fields: dict[str, Any] = {
-        "store_id": "x",
-        "created": "now",
-        "software": {"satdifuser": "0"},
         "task": "classification",
         "classes": ["sea", "Küste"],
-        "ignore_value": 255,
         "tiles": TILES,
-        "left_out": 0,
         "tile_size": (4, 4),
         "tiles_per_shard": PER_SHARD,
         "timesteps": STEPS,
@@ -52,12 +50,9 @@ def new_attributes(**changes: Any) -> Attributes:
         "encoding": "int8",
         "previews": True,
         "colour_statistics": ["mean"],
-        "backbone": {"model": "a"},
-        "feature_identity": {},
-        "planned": Hashes(feature="f", contents="c", labels="l"),
         "settings": {"fit": {"weight_decay": 1e-05}},
     }
-    return Attributes.model_validate(fields | changes)
+    return store_attributes(**fields | changes)
 
 
 def tile_row(tile: int) -> TileRow:
@@ -116,13 +111,6 @@ def flip(path: Path, byte: int, bit: int = 0) -> None:
     changed = bytearray(path.read_bytes())
     changed[byte] ^= 1 << bit
     path.write_bytes(changed)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @pytest.fixture(scope="module")
