@@ -235,6 +235,22 @@ def verify(ctx: click.Context, store: Path, deep: bool, as_json: bool) -> None:
     ctx.exit(1 if problems else 0)
 
 
+@cli.command("import-reference")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@store_argument
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The run's folder.")
+@overwrite_option
+def import_reference(checkpoint: Path, store: Path, out: Path, overwrite: bool) -> None:
+    """Turn a checkpoint of the authors' training script into a run for a store of the same features."""
+    from satdifuser.fuse.reference import import_reference as import_run
+    from satdifuser.store.reader import open_store
+
+    run = import_run(checkpoint, open_store(store), out, overwrite)
+    for note in run.info["reference"]["notes"]:
+        click.echo(f"note: {note}", err=True)
+    click.echo(run.path)
+
+
 def main() -> None:
     """Entry point of the console script."""
     cli.main(prog_name="satdifuser")

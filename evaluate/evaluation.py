@@ -158,8 +158,12 @@ def evaluate_run(folder: Path, store_path: Path | None, settings: EvaluateSettin
     loader = MapLoader(store, rows, fit_settings.memory_gb * 1e9)
     for probabilities, targets in predict(network, loader, fit_settings, statistics):
         outcome.add(probabilities, targets)
-    best = run.info["history"][run.info["best_epoch"] - 1]
-    return write_outcome(run, store, rows, outcome, best["val"], settings)
+    if run.info["history"]:
+        val = run.info["history"][run.info["best_epoch"] - 1]["val"]
+    else:  # imported: its training was measured elsewhere
+        loader = MapLoader(store, labelled(store, "val"), fit_settings.memory_gb * 1e9)
+        val = measure(store, predict(network, loader, fit_settings, statistics))
+    return write_outcome(run, store, rows, outcome, val, settings)
 
 
 def check_features(run: Run, store: FeatureStore) -> None:

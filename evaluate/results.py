@@ -113,7 +113,7 @@ def group_seeds(runs: Sequence[Run]) -> list[list[Run]]:
         info = run.info
         same = [info["kind"], info["fusion"], info["head"], info["parameters"], info["timesteps"]]
         same += [[layer["name"] for layer in info["layers"]], info["store"]["hashes"]]
-        if info["kind"] == "baseline":
+        if info["kind"] == "baseline" or "reference" in info:  # imported: more than the seed may differ
             same.append(info["name"])
         groups.setdefault(json.dumps(same), []).append(run)
     result: list[list[Run]] = []

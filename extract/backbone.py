@@ -17,9 +17,10 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from satdifuser.errors import BackboneError
+from satdifuser.errors import BackboneError, SettingsError
 from satdifuser.extract.layers import layer_table
 from satdifuser.extract.settings import BackboneSettings
+from satdifuser.extract.unet import Conditions, SatUNet
 from satdifuser.store.schema import LayerInfo
 
 EMBEDDED = "embedded"
@@ -28,11 +29,7 @@ PROMPT_FILE = "prompt_embedding.safetensors"
 diffusers_logging.set_verbosity_error()
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-COMPONENTS = {
-    "unet": "config.json",
-    "vae": "config.json",
-    "scheduler": "scheduler_config.json",
-}
+COMPONENTS = {"vae": "config.json", "scheduler": "scheduler_config.json"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,7 @@ class BackboneInfo:
 
     name: str
     folder: Path
+    unet_folder: Path
     unet_config: dict[str, Any]
     vae_config: dict[str, Any]
     scheduler: DDIMScheduler
@@ -54,6 +52,17 @@ class BackboneInfo:
     def coarsest_stride(self) -> int:
         """Image pixels per pixel of the U-Net's coarsest map."""
         return int(self.latent_stride * 2 ** (len(self.unet_config["block_out_channels"]) - 1))
+
+    @property
+    def reads_metadata(self) -> bool:
+        """Whether this is DiffusionSat's U-Net with its metadata embeddings."""
+        return bool(self.unet_config.get("use_metadata"))
+
+    @property
+    def trained_size(self) -> int | None:
+        """Image size in pixels that a folder of DiffusionSat's names, as in ``resolution256``."""
+        named = re.fullmatch(r"resolution(\d+)", self.folder.resolve().name)
+        return int(named[1]) if named else None
 
     @property
     def train_steps(self) -> int:
@@ -78,11 +87,29 @@ class Backbone:
     info: BackboneInfo
     unet: nn.Module
     vae: Any
-    prompt: Tensor  # (1, tokens, C) hidden states of the one prompt
+    prompt: (
+        Tensor  # (1, tokens, C) hidden states of the one prompt, or (B, tokens, C) one per image of a batch
+    )
+    negative: Tensor | None  # (1, tokens, C) of the prompt that guidance leads away from
     alphas: Tensor  # (train steps,) float64, cumulative products of alphas
     weights_digest: str
     device: torch.device
     dtype: torch.dtype
+
+    def conditions(self, images: int, metadata: Tensor | None = None) -> Conditions:
+        """What the U-Net is told of the first ``images`` images of a batch; metadata is (B, 7) normalised."""
+        prompt = self.prompt[:images] if len(self.prompt) > 1 else self.prompt.expand(images, -1, -1)
+        return Conditions(prompt, None if metadata is None else metadata.to(self.device))
+
+    def negative_conditions(self, conditions: Conditions) -> Conditions:
+        """The negative prompt for as many images; DiffusionSat's own guidance drops all metadata with it."""
+        if self.negative is None:
+            raise SettingsError(
+                f"extract.guidance: {self.info.name} has a fixed prompt embedding and no text encoder for a "
+                "negative prompt; set extract.guidance: false or use a backbone with a text encoder"
+            )
+        dropped = None if conditions.metadata is None else torch.zeros_like(conditions.metadata)
+        return Conditions(self.negative.expand(len(conditions.prompt), -1, -1), dropped)
 
     @torch.no_grad()
     def encode(self, rgb: Tensor, noise: Tensor | None) -> Tensor:
@@ -105,22 +132,56 @@ def find_backbone(settings: BackboneSettings) -> BackboneInfo:
         BackboneError: there is no such folder, or a component is missing.
     """
     folder = _locate(settings.model)
+    unet_folder = _find_unet(folder)
     missing = [f"{part}/{name}" for part, name in COMPONENTS.items() if not (folder / part / name).is_file()]
+    if not (unet_folder / "config.json").is_file():
+        missing.append("unet/config.json (or checkpoint-*/unet/config.json)")
     if not (folder / PROMPT_FILE).is_file():
         texts = ("text_encoder/config.json", "tokenizer/tokenizer_config.json")
         missing += [name for name in texts if not (folder / name).is_file()]
     if missing:
         raise BackboneError(
             f"backbone.model {settings.model}: {folder} lacks {', '.join(missing)}; expected a diffusers "
-            "folder with unet, vae, scheduler, text_encoder and tokenizer"
+            f"folder with unet, vae, scheduler, text_encoder and tokenizer{_hint(folder)}"
         )
-    return BackboneInfo(
+    info = BackboneInfo(
         name=settings.model,
         folder=folder,
-        unet_config=json.loads((folder / "unet/config.json").read_text()),
-        vae_config=json.loads((folder / "vae/config.json").read_text()),
-        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+        unet_folder=unet_folder,
+        unet_config=_read_config(unet_folder / "config.json"),
+        vae_config=_read_config(folder / "vae/config.json"),
+        scheduler=DDIMScheduler.from_config(_read_config(folder / "scheduler/scheduler_config.json")),
     )
+    if settings.metadata and not info.reads_metadata:
+        raise SettingsError(
+            f"backbone.metadata: true, but the U-Net of {settings.model} has no metadata embeddings; set it "
+            "to false, or name a folder of DiffusionSat"
+        )
+    return info
+
+
+def _find_unet(folder: Path) -> Path:
+    """The newest ``checkpoint-*/unet`` of a DiffusionSat folder, else ``unet``."""
+    checkpoints = {
+        int(path.parent.name.removeprefix("checkpoint-")): path
+        for path in folder.glob("checkpoint-*/unet")
+        if path.parent.name.removeprefix("checkpoint-").isdecimal()
+    }
+    return checkpoints[max(checkpoints)] if checkpoints else folder / "unet"
+
+
+def _hint(folder: Path) -> str:
+    """Where a folder holds whole backbones instead of being one."""
+    inner = sorted(path.name for path in folder.glob("resolution*") if path.is_dir())
+    return f"; name one of its folders {', '.join(inner)}" if inner else ""
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{path}: not a readable JSON file: {error}; copy the checkpoint anew") from error
+    return config
 
 
 def _locate(model: str) -> Path:
@@ -155,15 +216,17 @@ def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
     """
     device = resolve_device(settings.device)
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    unet = _load(UNet2DConditionModel, info.folder / "unet")
-    vae = _load(AutoencoderKL, info.folder / "vae")
-    prompt = _prompt(info, settings.prompt)
+    unet = load_unet(info.unet_folder, settings.metadata)
+    vae = load_vae(info.folder / "vae")
+    prompts = [settings.prompt] if isinstance(settings.prompt, str) else settings.prompt
+    prompt, negative = _embed_prompts(info, prompts, settings.negative_prompt)
     digest = _digest(unet, vae)
     return Backbone(
         info=info,
         unet=unet.to(device, dtype),
         vae=vae.to(device, dtype),
         prompt=prompt.to(device, dtype),
+        negative=None if negative is None else negative.to(device, dtype),
         alphas=info.scheduler.alphas_cumprod.double(),
         weights_digest=digest,
         device=device,
@@ -183,6 +246,24 @@ def resolve_device(device: str) -> torch.device:
     return chosen
 
 
+def load_unet(folder: Path, metadata: bool) -> Any:
+    """Load a U-Net in float32, frozen; with its metadata embeddings if asked for.
+
+    Raises:
+        BackboneError: the weights cannot be read, or are not those that config.json describes.
+    """
+    return _load(SatUNet if metadata else UNet2DConditionModel, folder)
+
+
+def load_vae(folder: Path) -> Any:
+    """Load an autoencoder in float32, frozen, its attention keys in old or new naming.
+
+    Raises:
+        BackboneError: the weights cannot be read, or are not those that config.json describes.
+    """
+    return _load(AutoencoderKL, folder)
+
+
 def _load(model_class: Any, folder: Path) -> Any:
     try:
         model, report = model_class.from_pretrained(
@@ -191,33 +272,46 @@ def _load(model_class: Any, folder: Path) -> Any:
             local_files_only=True,
             low_cpu_mem_usage=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
         )
     except Exception as error:  # diffusers raises many kinds; the cause is kept
-        raise BackboneError(f"{folder}: cannot load the weights: {error}") from error
-    absent = sorted(report["missing_keys"])
-    if absent:  # diffusers would leave them at random values
         raise BackboneError(
-            f"{folder}: the weights lack {len(absent)} tensors that config.json asks for, e.g. {absent[0]}; "
-            "expected a complete checkpoint of this model"
-        )
+            f"{folder}: cannot load the weights: {error}; copy or convert the checkpoint anew"
+        ) from error
+    # DiffusionSat's metadata embeddings are left aside where backbone.metadata is false
+    unknown = [name for name in report["unexpected_keys"] if not name.startswith("metadata_embedding.")]
+    mismatched = [
+        f"{name} {list(seen)} instead of {list(expected)}"
+        for name, seen, expected in report["mismatched_keys"]
+    ]
+    for what, names in (
+        ("lack {} tensors that config.json asks for", report["missing_keys"]),
+        ("hold {} tensors that config.json knows nothing of", unknown),
+        ("hold {} tensors of other shapes than config.json says", mismatched),
+    ):
+        if names:  # diffusers would leave them at random values, or drop them
+            raise BackboneError(
+                f"{folder}: the weights {what.format(len(names))}, e.g. {min(names)}; expected a complete "
+                "checkpoint of this model with its own config.json"
+            )
     return model.eval().requires_grad_(False)
 
 
-def _prompt(info: BackboneInfo, prompt: str) -> Tensor:
-    """Hidden states of all the prompt's tokens, or the backbone's own fixed embedding."""
+def _embed_prompts(info: BackboneInfo, prompts: list[str], negative: str) -> tuple[Tensor, Tensor | None]:
+    """Hidden states of all tokens of the prompts and of the negative one, or the backbone's own embedding."""
     fixed = info.folder / PROMPT_FILE
     if fixed.is_file():
-        embedding: Tensor = load_file(fixed)["hidden_states"]
-        return embedding
+        return load_file(fixed)["hidden_states"], None
     tokenizer = transformers.CLIPTokenizer.from_pretrained(info.folder / "tokenizer", local_files_only=True)
     encoder = transformers.CLIPTextModel.from_pretrained(
         info.folder / "text_encoder", local_files_only=True
     ).eval()
     length = tokenizer.model_max_length
-    tokens = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    texts = [*prompts, negative]
+    tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        hidden: Tensor = encoder(tokens.input_ids).last_hidden_state
-    return hidden.float()
+        hidden = encoder(tokens.input_ids).last_hidden_state.float()
+    return hidden[:-1], hidden[-1:]
 
 
 def _digest(*models: nn.Module) -> str:

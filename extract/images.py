@@ -76,6 +76,8 @@ def _band_positions(tile: Tile, bands: Sequence[int | str] | None) -> list[int]:
 def _band_position(tile: Tile, band: int | str, held: str) -> int:
     if isinstance(band, str):
         if band not in tile.band_names:
+            if band in tile.band_aliases:
+                return tile.band_aliases[band]
             hint = suggest(band, tile.band_names)
             raise ImageError(f"tile {tile.record.tile_id}: no band {band!r} in source.bands; {held}{hint}")
         return tile.band_names.index(band)

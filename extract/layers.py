@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from satdifuser.errors import SettingsError, suggest
+from satdifuser.extract.unet import Conditions
 from satdifuser.store.schema import LayerInfo
 
 KINDS = ("attn1", "attn2", "ff", "conv1", "conv2")  # also their order within a block
@@ -151,19 +152,19 @@ class Taps:
 
         return hook
 
-    def output(self, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+    def output(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Run the whole network: (B, c, h, w) latents to its output of the same shape."""
         self._outputs.clear()
         self._stop_early = False
-        result: Tensor = self._unet(x, t, prompt).sample
+        result: Tensor = self._unet(x, t, **conditions.keywords()).sample
         return result
 
-    def features_only(self, x: Tensor, t: Tensor, prompt: Tensor) -> list[Tensor]:
+    def features_only(self, x: Tensor, t: Tensor, conditions: Conditions) -> list[Tensor]:
         """Run the network up to the last tapped layer and return the maps, see `features`."""
         self._outputs.clear()
         self._stop_early = True
         try:
-            self._unet(x, t, prompt)
+            self._unet(x, t, **conditions.keywords())
         except _LastLayerReached:
             pass
         finally:

@@ -28,9 +28,10 @@ def describe_tiles(source: Source, images: ImageSettings) -> Iterator[dict[str, 
     """Read every tile of a source and describe it.
 
     Yields:
-        tile_id, path, split, size (H, W) px, bands, target summary, raw_means of all bands, prepared_means of
-        red, green and blue in [0, 1], bounds, crs, date, valid_share, padded; or an ``error`` in place of
-        what could not be read where ``on_error`` is skip.
+        tile_id, path, split, splits by partition where there are several, size (H, W) px, bands, band_names,
+        label as numbers, target summary, raw_means of all bands, prepared_means of red, green and blue in
+        [0, 1], bounds, crs, date, valid_share, padded; or an ``error`` in place of what could not be read
+        where ``on_error`` is skip.
     """
     for record in list_tiles(source):
         place = record.georeference
@@ -38,10 +39,12 @@ def describe_tiles(source: Source, images: ImageSettings) -> Iterator[dict[str, 
             "tile_id": record.tile_id,
             "path": record.path,
             "split": record.split,
+            "partitions": dict(record.partitions),
             "size": list(record.size),
             "bounds": list(place.bounds(*record.size)) if place else None,
             "crs": place.crs if place else None,
             "date": record.date or None,
+            "label": record.label,
             "padded": record.padded,
         }
         try:
@@ -56,18 +59,22 @@ def describe_tiles(source: Source, images: ImageSettings) -> Iterator[dict[str, 
             "target": _target(source, tile),
             "valid_share": float(tile.valid.mean()),
             "bands": len(tile.image),
+            "band_names": list(tile.band_names),
             "raw_means": raw_means(tile),
             "prepared_means": [float(mean) for mean in prepared.mean(axis=(1, 2), dtype=np.float64)],
         }
 
 
 def _target(source: Source, tile: Tile) -> Any:
-    """A class name, the share of each class in a mask, or None."""
+    """A class name, a list of them, the share of each class in a mask, or None."""
     if tile.mask is not None:
         values, counts = np.unique(tile.mask, return_counts=True)
         names = dict(enumerate(source.classes)) | {source.ignore_value: "ignored"}
         return {names[int(v)]: round(int(n) / tile.mask.size, 6) for v, n in zip(values, counts, strict=True)}
-    return None if tile.record.label is None else source.classes[tile.record.label]
+    label = tile.record.label
+    if isinstance(label, tuple):
+        return [name for name, present in zip(source.classes, label, strict=True) if present]
+    return None if label is None else source.classes[label]
 
 
 def format_counts(kinds: Counter[str], left_out: int) -> str:
@@ -85,6 +92,8 @@ def format_tile(line: dict[str, Any]) -> str:
     target = line["target"]
     if isinstance(target, dict):
         target = ", ".join(f"{name} {share:.0%}" for name, share in target.items())
+    if isinstance(target, list):
+        target = ", ".join(target)
     return f"{start}  rgb {means}  {target or '-'}{'  padded' if line['padded'] else ''}"
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
+from satdifuser.extract.geobench_datasets import RGB, SCALES
 from satdifuser.store.settings import Settings
 
 
@@ -90,6 +91,15 @@ class ScenesSettings(ImageSettings):
     pad: bool = False
 
 
+class GeobenchSettings(ImageSettings):
+    """A data set of GEO-Bench, as its package writes it."""
+
+    kind: Literal["geobench"]
+    root: Path
+    dataset: str
+    partition: str = "default"
+
+
 class SyntheticSettings(Settings):
     """Generated land-cover scenes: no data needed."""
 
@@ -102,12 +112,16 @@ class SyntheticSettings(Settings):
 
 
 SourceSettings = Annotated[
-    FolderSettings | PairsSettings | ScenesSettings | SyntheticSettings, Field(discriminator="kind")
+    FolderSettings | GeobenchSettings | PairsSettings | ScenesSettings | SyntheticSettings,
+    Field(discriminator="kind"),
 ]
 
 
 def image_settings(source: Settings) -> ImageSettings:
     """How a source's raw values become RGB; generated scenes are plain 8-bit RGB."""
+    if isinstance(source, GeobenchSettings):
+        scale = SCALES.get(source.dataset) if source.scale is None else source.scale
+        return source.model_copy(update={"bands": source.bands or list(RGB), "scale": scale})
     return source if isinstance(source, ImageSettings) else ImageSettings()
 
 
@@ -115,7 +129,9 @@ class BackboneSettings(Settings):
     """Which frozen diffusion model, and how it runs."""
 
     model: str = "embedded"
-    prompt: str = "A satellite image"
+    prompt: str | list[str] = "A satellite image"
+    negative_prompt: str = ""
+    metadata: bool = False
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     device: str = "auto"
 
@@ -130,6 +146,7 @@ class ExtractSettings(Settings):
     draws: PositiveInt = 1
     latent: Literal["mode", "sample"] = "mode"
     prediction: Literal["scheduler", "epsilon"] = "scheduler"
+    guidance: Literal[False] | Annotated[float, Field(strict=True)] = False
     image_size: Literal["auto"] | Size = "auto"
     seed: NonNegativeInt = 0
     batch_size: PositiveInt | Literal["auto"] = "auto"

@@ -302,7 +302,7 @@ class ExpertMixture(nn.Module):
         Returns:
             The mixture (N, P, H, W) and the experts' shares (N, E), zero for those left out.
         """
-        logits = self.gate_network(x) / self.temperature
+        logits = self.gate(x)
         best = logits.topk(self.top_k).indices
         used = torch.zeros_like(logits, dtype=torch.bool).scatter(1, best, True) | soft.unsqueeze(1)
         weights = logits.masked_fill(~used, -torch.inf).softmax(1)
@@ -311,6 +311,11 @@ class ExpertMixture(nn.Module):
             rows = used[:, e].nonzero().squeeze(1)  # an expert runs only on the maps that use it
             mixed.index_add_(0, rows, expert(x[rows]) * weights[rows, e].view(-1, 1, 1, 1))
         return mixed, weights
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Logits of the experts: (N, C, H, W) -> (N, E)."""
+        logits: Tensor = self.gate_network(x) / self.temperature
+        return logits
 
 
 def bottlenecks(inputs: int, projection: int, norm_groups: int, num_res_blocks: int) -> nn.Sequential:

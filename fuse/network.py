@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -19,6 +20,19 @@ WIDE_LAYER = 320
 """A backbone with layers at least this wide is of Stable Diffusion's size."""
 
 HEADS: dict[Task, HeadName] = {"classification": "linear", "multilabel": "linear", "segmentation": "upernet"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What networks read from the authors' checkpoints may have, and no setting of ours asks for."""
+
+    num_res_blocks: int = 1
+    temperature: float = 1.0
+    reference_slicing: bool = False
+    decoder_channels: int | None = None  # None: in proportion to the projection
+
+
+OURS = Variant()
 
 
 class Network(nn.Module):
@@ -63,7 +77,13 @@ class Network(nn.Module):
 
 
 def build_network(
-    fusion: FusionName, channels: Channels, timesteps: int, classes: int, task: Task, settings: FitSettings
+    fusion: FusionName,
+    channels: Channels,
+    timesteps: int,
+    classes: int,
+    task: Task,
+    settings: FitSettings,
+    variant: Variant = OURS,
 ) -> Network:
     """Build the network that the settings ask for, its ``auto`` values resolved.
 
@@ -74,14 +94,15 @@ def build_network(
         classes: Number of logits.
         task: What the logits mean.
         settings: Head, widths and experts.
+        variant: What else a network that was read from a checkpoint of the authors needs.
 
     Raises:
         SettingsError: If the head does not fit the task, or the norm groups the projection.
     """
     projection, norm_groups = choose_widths(channels, settings)
     return Network(
-        build_fusion(fusion, channels, timesteps, projection, norm_groups, settings),
-        build_head(task, projection, len(channels), classes, settings),
+        build_fusion(fusion, channels, timesteps, projection, norm_groups, settings, variant),
+        build_head(task, projection, len(channels), classes, settings, variant),
     )
 
 
@@ -103,17 +124,28 @@ def build_fusion(
     projection: int,
     norm_groups: int,
     settings: FitSettings,
+    variant: Variant,
 ) -> GlobalFusion | LocalizedFusion | MoEFusion:
     """Build the fusion module of that name."""
+    blocks = variant.num_res_blocks
     if name == "global":
-        return GlobalFusion(channels, timesteps, projection, norm_groups)
+        return GlobalFusion(channels, timesteps, projection, norm_groups, blocks)
     if name == "localized":
-        return LocalizedFusion(channels, timesteps, projection, norm_groups)
+        return LocalizedFusion(
+            channels,
+            timesteps,
+            projection,
+            norm_groups,
+            blocks,
+            temperature=variant.temperature,
+            reference_slicing=variant.reference_slicing,
+        )
     return MoEFusion(
         channels,
         timesteps,
         projection,
         norm_groups,
+        blocks,
         experts=settings.experts,
         top_k=settings.top_k,
         warmup_steps=settings.warmup_steps,
@@ -121,7 +153,7 @@ def build_fusion(
 
 
 def build_head(
-    task: Task, projection: int, scales: int, classes: int, settings: FitSettings
+    task: Task, projection: int, scales: int, classes: int, settings: FitSettings, variant: Variant
 ) -> LinearHead | UPerNetHead:
     """Build the head that the settings ask for.
 
@@ -136,4 +168,4 @@ def build_head(
     if fitting == "linear":
         return LinearHead(projection, classes)
     # the published 512 for a projection of 384, in proportion for others
-    return UPerNetHead(projection, scales, classes, channels=projection * 4 // 3)
+    return UPerNetHead(projection, scales, classes, channels=variant.decoder_channels or projection * 4 // 3)

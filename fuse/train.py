@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from satdifuser.errors import RunError, SettingsError
 from satdifuser.fuse.data import MapLoader, Statistics, channels_by_stride
 from satdifuser.fuse.fusion import FeatureMaps
-from satdifuser.fuse.network import HEADS, Network, build_network, choose_widths
+from satdifuser.fuse.network import HEADS, OURS, Network, Variant, build_network, choose_widths
 from satdifuser.fuse.run_folder import (
     CHECKPOINT_FILE,
     RUN_FILE,
@@ -204,9 +204,7 @@ class Training:
         targets = targets.to(self.device)
         size = None if targets.ndim == 1 else (targets.shape[-2], targets.shape[-1])
         logits, _ = self.network(to_device(maps, self.device), size)
-        ignore = self.store.attributes.ignore_value
-        total = F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum")
-        return total / (targets != ignore).sum().clamp(min=1)  # a batch may hold ignored pixels only
+        return loss(logits, targets, self.store.attributes.ignore_value)
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs."""
@@ -230,51 +228,84 @@ class Training:
             setattr(self, name, state[name])
 
     def describe(self) -> dict[str, Any]:
-        """The run's run.json; ``resolved`` says what became of the settings that may be ``auto``."""
-        a, resolved = self.store.attributes, self._resolved()
-        return {
-            "format_version": 1,
-            "kind": "fusion",
-            "task": a.task,
-            "fusion": self.fusion,
-            "head": resolved["head"],
-            "seed": self.seed,
-            "classes": a.classes,
-            "ignore_value": a.ignore_value,
-            "timesteps": a.timesteps,
-            "layers": [layer.model_dump() for layer in a.layers],
-            "store": {"path": str(self.store.path), "hashes": self.store.hashes().model_dump()},
-            "fit": self.settings.model_dump(mode="json"),
-            "resolved": resolved,
+        """The run's run.json."""
+        described = describe_run(self.store, self.settings, self.fusion, self.seed, self.network, self.best)
+        return described | {
             "history": self.history,
             "best_epoch": self.best_epoch,
-            "parameters": sum(p.numel() for p in self.network.parameters()),
             "seconds": round(sum(row["seconds"] for row in self.history), 3),
-            "weights": self._mixing_weights(),
         }
 
-    def _resolved(self) -> dict[str, Any]:
-        a = self.store.attributes
-        projection, norm_groups = choose_widths(channels_by_stride(self.store), self.settings)
-        return {
+
+def describe_run(
+    store: FeatureStore,
+    settings: FitSettings,
+    fusion: FusionName,
+    seed: int | None,
+    network: Network,
+    state: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """A run.json as far as it does not tell of the training.
+
+    ``resolved`` says what became of the settings that may be ``auto``.
+
+    Args:
+        store: What the run is for.
+        settings: Of the training.
+        fusion: Which fusion module.
+        seed: Of the training; None where it is not known.
+        network: The network.
+        state: Its weights that are kept.
+    """
+    a = store.attributes
+    projection, norm_groups = choose_widths(channels_by_stride(store), settings)
+    head = HEADS[a.task] if a.task else None
+    return {
+        "format_version": 1,
+        "kind": "fusion",
+        "task": a.task,
+        "fusion": fusion,
+        "head": head,
+        "seed": seed,
+        "classes": a.classes,
+        "ignore_value": a.ignore_value,
+        "timesteps": a.timesteps,
+        "layers": [layer.model_dump() for layer in a.layers],
+        "store": {"path": str(store.path), "hashes": store.hashes().model_dump()},
+        "fit": settings.model_dump(mode="json"),
+        "resolved": {
             "task": a.task,
-            "head": HEADS[a.task] if a.task else None,
+            "head": head,
             "projection": projection,
             "norm_groups": norm_groups,
-            "device": str(self.device),
-        }
+            "device": str(choose_device(settings.device)),
+        },
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "weights": mixing_weights(store, state) if fusion == "global" else None,
+    }
 
-    def _mixing_weights(self) -> dict[str, Any] | None:
-        """Learned weights of the global fusion, (T, L) with layers from fine to coarse."""
-        if self.fusion != "global":
-            return None
-        layers = sorted(self.store.attributes.layers, key=lambda layer: layer.stride)
-        weights = self.best["fusion.mixing_weights"].softmax(0).view(-1, len(layers))
-        return {
-            "timesteps": self.store.attributes.timesteps,
-            "layers": [layer.name for layer in layers],
-            "values": weights.tolist(),
-        }
+
+def mixing_weights(store: FeatureStore, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Learned weights of the global fusion, (T, L) with layers from fine to coarse."""
+    layers = sorted(store.attributes.layers, key=lambda layer: layer.stride)
+    weights = state["fusion.mixing_weights"].softmax(0).view(-1, len(layers))
+    return {
+        "timesteps": store.attributes.timesteps,
+        "layers": [layer.name for layer in layers],
+        "values": weights.tolist(),
+    }
+
+
+def loss(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
+    """Mean cross-entropy over the targets that are not ignored.
+
+    Args:
+        logits: (B, classes) or (B, classes, H, W) float32.
+        targets: (B,) or (B, H, W) int64.
+        ignore: The target that counts for nothing.
+    """
+    total = F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum")
+    return total / (targets != ignore).sum().clamp(min=1)  # a batch may hold ignored pixels only
 
 
 def training_order(tiles: int, batch_size: int, seed: list[int]) -> NDArray[np.intp]:
@@ -298,20 +329,23 @@ def labelled(store: FeatureStore, split: str) -> Indices:
     return kept
 
 
-def new_network(store: FeatureStore, settings: FitSettings, fusion: FusionName) -> Network:
+def new_network(
+    store: FeatureStore, settings: FitSettings, fusion: FusionName, variant: Variant = OURS
+) -> Network:
     """Build the network for a store's layers, timesteps and classes."""
     a = store.attributes
     if a.task is None:
         raise SettingsError(f"{store.path}: holds no targets to fit to")
     return build_network(
-        fusion, channels_by_stride(store), len(a.timesteps), len(a.classes), a.task, settings
+        fusion, channels_by_stride(store), len(a.timesteps), len(a.classes), a.task, settings, variant
     )
 
 
 def load_network(run: Run, store: FeatureStore) -> tuple[Network, Statistics | None, FitSettings]:
     """Rebuild a run's network with its weights, in evaluation mode."""
     settings = FitSettings.model_validate(run.info["fit"])
-    network = new_network(store, settings, run.info["fusion"])
+    variant = Variant(**run.info.get("variant", {}))  # of a run that was imported
+    network = new_network(store, settings, run.info["fusion"], variant)
     state, statistics = load_weights(run)
     network.load_state_dict(state)
     # not the device of the fit: a run made on a GPU is used on machines without one

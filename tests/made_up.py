@@ -1,11 +1,15 @@
-"""What several test files make up: the attributes of a store, the record of a run, a tiny U-Net."""
+"""What several test files make up: the attributes of a store, the record of a run, tiny models."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from satdifuser.extract.unet import SatUNet
 from satdifuser.store.schema import Attributes, Hashes
 
 
@@ -54,3 +58,51 @@ def tiny_unet() -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
+
+
+def text_encoder(folder: Path, width: int = 8) -> None:
+    """Write a tiny CLIP text encoder and a tokenizer that knows single letters."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(
+        str(tokenizer / "vocab.json"), str(tokenizer / "merges.txt"), model_max_length=12
+    ).save_pretrained(tokenizer)
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+    )
+    CLIPTextModel(config).eval().save_pretrained(folder / "text_encoder")
+
+
+def tiny_vae() -> AutoencoderKL:
+    """Two levels, 4 latent channels; weights from torch's seed."""
+    return AutoencoderKL(
+        block_out_channels=(4, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+
+
+def diffusionsat(folder: Path) -> Path:
+    """Write a tiny checkpoint in the layout of DiffusionSat's folders; weights from torch's seed."""
+    unet = SatUNet(**{k: v for k, v in tiny_unet().config.items() if not k.startswith("_")})
+    unet.save_pretrained(folder / "checkpoint-150000/unet")
+    config = folder / "checkpoint-150000/unet/config.json"
+    content = json.loads(config.read_text()) | {"use_metadata": True, "num_metadata": 7}
+    config.write_text(json.dumps(content))
+    tiny_vae().save_pretrained(folder / "vae")
+    DDIMScheduler(steps_offset=1, prediction_type="v_prediction").save_pretrained(folder / "scheduler")
+    text_encoder(folder)
+    (folder / "model_index.json").write_text(json.dumps({"unet": ["diffusionsat.sat_unet", "SatUNet"]}))
+    return folder

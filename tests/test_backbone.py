@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
-from made_up import tiny_unet
+from diffusers import DDIMScheduler
+from made_up import tiny_unet, tiny_vae
 from safetensors.torch import load_file, save_file
 
 from satdifuser.errors import BackboneError, FeatureError, SettingsError, SourceError
 from satdifuser.extract.backbone import Backbone, find_backbone, load_backbone
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.job import Job, fix_automatic, plan_layers, tile_size
-from satdifuser.extract.layers import select_layers, tapped
+from satdifuser.extract.layers import select_layers
 from satdifuser.extract.run import check_finite, extract, read_row
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, SplitShares, SyntheticSettings
 from satdifuser.extract.sources import TileRecord, list_tiles, open_source
@@ -34,15 +34,8 @@ IDS = ["a", "b", "c"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    unet = tiny_unet()
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
-    unet.save_pretrained(root / "unet")
-    vae.save_pretrained(root / "vae")
+    tiny_unet().save_pretrained(root / "unet")
+    tiny_vae().save_pretrained(root / "vae")
     DDIMScheduler(steps_offset=1).save_pretrained(root / "scheduler")
     save_file({"hidden_states": torch.randn(1, 1, 8)}, root / "prompt_embedding.safetensors")
     return root
@@ -83,8 +76,7 @@ def test_golden_inversion_and_text(shared: Path) -> None:
     arrays = np.load(golden / "D_inversion.npz")
     layers = select_layers(backbone.info.layers((128, 128)), DEFAULT)
     run = FeatureExtractor(backbone, ExtractSettings(noising="inversion", prediction="epsilon"), layers)
-    with torch.no_grad(), tapped(backbone.unet, layers) as taps:
-        maps = run._invert(taps, torch.from_numpy(arrays["in/latents"]))
+    maps = run.invert(torch.from_numpy(arrays["in/latents"]), backbone.conditions(2))
     assert run.unet_calls == 10
     for scale, stride in enumerate(sorted({layer.stride for layer in layers})):
         here = [m for layer, m in zip(layers, maps, strict=True) if layer.stride == stride]

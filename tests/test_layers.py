@@ -12,6 +12,7 @@ from torch import nn
 
 from satdifuser.errors import SettingsError
 from satdifuser.extract.layers import layer_table, select_layers, tapped
+from satdifuser.extract.unet import Conditions
 
 DEFAULT = ["up_blocks.*.attn1", "up_blocks.*.conv2"]
 
@@ -22,9 +23,15 @@ def unet() -> Any:
     return tiny_unet().eval()
 
 
-def inputs(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, Conditions]:
     torch.manual_seed(1)
-    return torch.randn(2, 4, height, width), torch.tensor([21.0, 21.0]), torch.randn(2, 1, 8)
+    return torch.randn(2, 4, height, width), torch.tensor([21.0, 21.0]), Conditions(torch.randn(2, 1, 8))
+
+
+def run(unet: Any, height: int, width: int) -> torch.Tensor:
+    x, t, conditions = inputs(height, width)
+    output: torch.Tensor = unet(x, t, conditions.prompt).sample
+    return output
 
 
 def count_hooks(unet: nn.Module) -> int:
@@ -42,7 +49,7 @@ def test_table_equals_a_real_forward(unet: Any, height: int, width: int) -> None
         if name.startswith(("down_blocks", "mid_block", "up_blocks"))
         and name.endswith((".attn1", ".attn2", ".ff", ".conv1", ".conv2"))
     ]
-    unet(*inputs(height, width))
+    run(unet, height, width)
     for handle in handles:
         handle.remove()
     assert {layer.name for layer in table} == set(outputs)
@@ -100,7 +107,7 @@ def test_features_only_equals_the_full_run(unet: Any, patterns: list[str]) -> No
     for layer, a, b in zip(layers, early, full, strict=True):
         assert a.shape == (2, layer.channels, layer.height, layer.width)
         assert torch.equal(a, b), layer.name
-    assert torch.equal(output, unet(*inputs(4, 12)).sample)
+    assert torch.equal(output, run(unet, 4, 12))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import yaml
 from satdifuser.errors import SettingsError
 from satdifuser.extract.settings import (
     FolderSettings,
+    GeobenchSettings,
     ImageSettings,
     PairsSettings,
     ScenesSettings,
@@ -22,6 +23,7 @@ from satdifuser.store.settings import Settings
 
 KINDS: dict[str, type[ImageSettings]] = {
     "folder": FolderSettings,
+    "geobench": GeobenchSettings,
     "pairs": PairsSettings,
     "scenes": ScenesSettings,
 }
@@ -62,7 +64,10 @@ def test_commented_blocks_equal_the_defaults_of_every_source_kind() -> None:
     assert {"scale", *shared} == set(ImageSettings.model_fields)
     assert blocks.keys() == KINDS.keys()
     for kind, model in KINDS.items():
-        defaults = model(kind=kind, root=blocks[kind]["root"]).model_dump(mode="json")  # type: ignore[call-arg]
+        needed = {
+            name: blocks[kind][name] for name, field in model.model_fields.items() if field.is_required()
+        }
+        defaults = model(**needed).model_dump(mode="json")
         assert blocks[kind] | shared | {"scale": None} == defaults
 
 
@@ -112,7 +117,7 @@ def test_missing_field_and_broken_rules() -> None:
     assert refusal("source.kind=folder").endswith("source.root: is missing, and has no default")
     assert "train + val + test must be 1, got 1.2" in refusal("source.split.train=0.8")
     assert "name each value once, got 0 twice or more" in refusal("fit.seeds=[0, 0]")
-    assert "'folder', 'pairs', 'scenes', 'synthetic'" in refusal("source.kind=foldr")
+    assert "'folder', 'geobench', 'pairs', 'scenes', 'synthetic'" in refusal("source.kind=foldr")
 
 
 @pytest.mark.parametrize(

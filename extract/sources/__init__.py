@@ -5,12 +5,14 @@ from __future__ import annotations
 from satdifuser.errors import SourceError
 from satdifuser.extract.settings import (
     FolderSettings,
+    GeobenchSettings,
     PairsSettings,
     ScenesSettings,
     SourceSettings,
     SyntheticSettings,
 )
 from satdifuser.extract.sources.folder import FolderSource
+from satdifuser.extract.sources.geobench import GeobenchSource
 from satdifuser.extract.sources.pairs import PairsSource
 from satdifuser.extract.sources.scenes import ScenesSource
 from satdifuser.extract.sources.splits import check_records
@@ -29,6 +31,8 @@ def open_source(settings: SourceSettings) -> Source:
     """
     if isinstance(settings, SyntheticSettings):
         return SyntheticSource(settings)
+    if isinstance(settings, GeobenchSettings):
+        return GeobenchSource(settings)
     check_root(settings)
     match settings:
         case FolderSettings():

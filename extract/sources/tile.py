@@ -6,7 +6,7 @@ Shapes: B bands, H and W pixels of the tile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Split = Literal["train", "val", "test", "none"]
-Task = Literal["classification", "segmentation"]
+Task = Literal["classification", "multilabel", "segmentation"]
+Label = int | tuple[int, ...] | None  # class index; or 0 or 1 per class; None with masks and without labels
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,14 @@ class TileRecord:
     path: str  # image file as the user would name it; "" where there is none
     split: Split
     size: tuple[int, int]  # (H, W) px of the tile as yielded, padding included
-    label: int | None = None  # class index; None for segmentation and unlabelled tiles
+    label: Label = None
     window: tuple[int, int, int, int] | None = None  # (row, col, height, width) px in the file, clipped to it
     mask_path: str = ""
     georeference: Georeference | None = None
     date: str = ""  # ISO 8601, "" where unknown
     valid_share: float = 1.0  # share of the tile's pixels that hold data
     padded: bool = False
+    partitions: Mapping[str, Split] = field(default_factory=dict, hash=False)  # by name, if there are several
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Tile:
     valid: NDArray[np.bool_]  # (H, W), False where there is no data or padding
     mask: NDArray[np.uint8] | None = None  # (H, W) class indices, the source's ignore value elsewhere
     band_names: tuple[str, ...] = field(default=())  # descriptions of the B bands, "" where unknown
+    band_aliases: Mapping[str, int] = field(default_factory=dict, hash=False)  # further names, by position
 
 
 class Source(Protocol):

@@ -1,0 +1,122 @@
+"""Checkpoints of the authors' released code become runs of ours, and back; docs/fidelity.md tables the names.
+
+A checkpoint says nothing of its layers' places in the U-Net, its classes' order or the features' origin, so
+it becomes a run for one store, after all that can be compared has been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from satdifuser.errors import RunError
+from satdifuser.fuse.fusion import MoEFusion
+from satdifuser.fuse.network import Variant
+from satdifuser.fuse.reference_checks import TASKS, check_store, check_tensors
+from satdifuser.fuse.reference_file import ReferenceConfig, read_checkpoint
+from satdifuser.fuse.run_folder import CHECKPOINT_FILE, METRICS_FILE, RUN_FILE, Run, load_weights, save_run
+from satdifuser.fuse.settings import FitSettings, FusionName, Task
+from satdifuser.fuse.train import describe_run, new_network
+from satdifuser.store.reader import FeatureStore
+
+FUSIONS: dict[str, FusionName] = {"gw": "global", "lw": "localized", "moe": "moe"}
+WARMUP_STEPS: dict[Task, int] = {"classification": 300, "multilabel": 300, "segmentation": 500}
+FORWARDS = "fusion.forwards"  # the released code does not save it
+
+
+def import_reference(checkpoint: Path, store: FeatureStore, out: Path, overwrite: bool = False) -> Run:
+    """Turn a checkpoint of the authors' training script into a run, to be measured and used like any other.
+
+    Args:
+        checkpoint: The torch file.
+        store: A store of the features that the checkpoint was trained on, or of other tiles' features.
+        out: The run's folder.
+        overwrite: Replace the run that is at `out`.
+
+    Raises:
+        StoreError: shards are missing.
+        RunError: the checkpoint cannot be read or does not fit the store, or a run is at `out`.
+    """
+    if not overwrite and any((out / name).exists() for name in (RUN_FILE, CHECKPOINT_FILE)):
+        raise RunError(f"{out}: holds a run; write to another folder, or replace it with --overwrite")
+    found = read_checkpoint(checkpoint)
+    notes = check_store(found, store)
+    settings, variant = fit_settings(found.config), network_variant(found.config)
+    network = new_network(store, settings, settings.fusion[0], variant)
+    check_tensors(found, reference_names(network.state_dict()))
+    network.load_reference(found.state)
+    if isinstance(network.fusion, MoEFusion):
+        network.fusion.forwards.fill_(settings.warmup_steps)  # evaluation counts there, so it was long over
+    state = network.state_dict()
+    info = describe_run(store, settings, settings.fusion[0], found.config.seed, network, state) | {
+        "name": out.name,
+        "history": [],
+        "best_epoch": 0,
+        "seconds": 0.0,
+        "variant": asdict(variant),
+        "reference": {
+            "file": checkpoint.name,
+            "sha256": found.sha256,
+            "epoch": found.epoch,
+            "global_step": found.global_step,
+            "config": found.values,
+            "notes": notes,
+        },
+    }
+    for stale in (CHECKPOINT_FILE, METRICS_FILE):
+        (out / stale).unlink(missing_ok=True)
+    return save_run(out, info, {"fit": settings.model_dump(mode="json")} | store.attributes.settings, state)
+
+
+def export_reference(run: Run) -> dict[str, Tensor]:
+    """A run's weights by the names of the authors' released modules, for their ``load_state_dict``.
+
+    Their code feeds features as they are: of a run with ``normalise`` the standardisation is left out. A
+    localized fusion of ours that was not imported reads all its layers, which theirs does not.
+
+    Returns:
+        Tensors by name, float32 and int64.
+
+    Raises:
+        RunError: the run's weights are missing or damaged.
+    """
+    return reference_names(load_weights(run)[0])
+
+
+def reference_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of ours without the prefixes ``fusion.`` and ``head.`` and without the warm-up counter."""
+    return {name.split(".", 1)[1]: tensor for name, tensor in state.items() if name != FORWARDS}
+
+
+def fit_settings(config: ReferenceConfig) -> FitSettings:
+    """A checkpoint's settings in our terms; features are not standardised, as in the released code."""
+    return FitSettings(
+        task=TASKS[config.task],
+        fusion=[FUSIONS[config.fuser]],
+        projection=config.projection_dim,
+        norm_groups=config.num_norm_groups,
+        experts=config.num_experts,
+        top_k=config.top_k,
+        warmup_steps=config.warmup_steps or WARMUP_STEPS[TASKS[config.task]],
+        epochs=config.max_train_epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        warmup_epochs=config.warmup_epochs,
+        final_lr=config.min_lr,
+        weight_decay=config.op_weight_decay,
+        seeds=[config.seed or 0],
+        normalise=False,
+    )
+
+
+def network_variant(config: ReferenceConfig) -> Variant:
+    """What a checkpoint's network has beyond our settings."""
+    return Variant(
+        num_res_blocks=config.num_res_blocks,
+        temperature=config.gating_tempature,
+        reference_slicing=True,
+        decoder_channels=config.channels,
+    )
