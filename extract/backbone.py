@@ -17,7 +17,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from satdifuser.errors import BackboneError
+from satdifuser.errors import BackboneError, SettingsError
 from satdifuser.extract.layers import layer_table
 from satdifuser.extract.settings import BackboneSettings
 from satdifuser.store.schema import LayerInfo
@@ -102,7 +102,8 @@ def find_backbone(settings: BackboneSettings) -> BackboneInfo:
     """Find a backbone and read its configuration; no weights are read.
 
     Raises:
-        BackboneError: there is no such folder, or a component is missing.
+        SettingsError: there is no such folder or hub id.
+        BackboneError: a component is missing.
     """
     folder = _locate(settings.model)
     missing = [f"{part}/{name}" for part, name in COMPONENTS.items() if not (folder / part / name).is_file()]
@@ -131,7 +132,7 @@ def _locate(model: str) -> Path:
         return folder
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not folder.parent.is_dir():
         return _download(model)
-    raise BackboneError(
+    raise SettingsError(
         f"backbone.model: no folder {model}; expected 'embedded', a diffusers folder or a hub id"
     )
 
@@ -144,14 +145,17 @@ def _download(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise BackboneError(f"backbone.model: cannot fetch {model} from the hub: {error}") from error
+        raise SettingsError(
+            f"backbone.model: no folder {model}, and it cannot be fetched from the hub: {error}"
+        ) from error
 
 
 def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
     """Load the weights of a backbone.
 
     Raises:
-        BackboneError: the weights cannot be read, or the device is not there.
+        SettingsError: the device is not there.
+        BackboneError: the weights cannot be read.
     """
     device = resolve_device(settings.device)
     dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -172,14 +176,20 @@ def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Choose the device: ``auto`` is a GPU where there is one."""
+    """Choose the device: ``auto`` is a GPU where there is one.
+
+    Raises:
+        SettingsError: the device is not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise BackboneError(f"backbone.device: {device!r} is not available here: {error}") from error
+        raise SettingsError(
+            f"backbone.device: {device!r} is not available here: {error}; use auto or cpu"
+        ) from error
     return chosen
 
 

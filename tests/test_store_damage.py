@@ -348,7 +348,7 @@ def test_rows_of_missing_shards_are_refused_and_others_read(tmp_path: Path) -> N
     fresh = open_store(store.path)
     for attempt in (lambda: fresh.colour(np.array([0])), lambda: fresh.tiles):
         with pytest.raises(
-            StoreError, match=r"shard 0: tiles/colour/c/0/0 is missing \(1 of its 19 files\); delete"
+            StoreError, match=r"shard 0: tiles/colour/c/0/0 is missing \(1 of its 21 files\); delete"
         ):
             attempt()
 
