@@ -2,8 +2,8 @@
 
     python benchmarks/noising.py [--tiles 32] [--rounds 5]
 
-Extracts the same generated tiles with the embedded backbone by both, in turns so that other load on the machine
-meets both alike, and prints tiles per second of each round and the median ratio.
+Extracts the same generated tiles with the embedded backbone by both, in turns so that other load on the
+machine meets both alike, and prints tiles per second of each round and the median ratio.
 """
 
 from __future__ import annotations

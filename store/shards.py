@@ -142,8 +142,8 @@ class ShardedStore:
         except KeyError as error:
             writer = self.attributes.software.get("satdifuser")
             raise StoreError(
-                f"{self.path}: holds no array {name}; it was written by another satdifuser ({writer}): use that "
-                "one, or extract anew"
+                f"{self.path}: holds no array {name}; it was written by another satdifuser ({writer}): use "
+                "that one, or extract anew"
             ) from error
 
 

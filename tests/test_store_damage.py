@@ -288,6 +288,12 @@ def test_damaged_tables_are_refused(copy: Path) -> None:
             read(open_store(copy))
 
 
+def test_an_array_of_another_version_is_not_there(whole: Path) -> None:
+    message = r"holds no array tiles/weather; it was written by another satdifuser \(0\): use that one, or"
+    with pytest.raises(StoreError, match=message):
+        FeatureStore(whole).table("tiles/weather")
+
+
 def test_a_damaged_commit_record_is_told(copy: Path) -> None:
     flip(copy / "commits/c/1", 5)
     with pytest.raises(
