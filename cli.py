@@ -7,17 +7,22 @@ stdout is data, everything else goes to stderr. Exit codes: 0 done, 1 failed, 2 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from satdifuser.errors import SatDiFuserError
+from satdifuser.errors import SatDiFuserError, SettingsError
 
 if TYPE_CHECKING:
     from satdifuser.pipeline import Pipeline
+
+
+INTERRUPTED = "interrupted; the same command (without --overwrite) goes on where this one stopped"
 
 
 class _Failure(click.ClickException):
@@ -44,7 +49,7 @@ class _Commands(click.Group):
         except OSError as error:
             raise _Failure(str(error), 1) from error
         except KeyboardInterrupt as error:
-            raise _Failure("interrupted; the same command goes on where this one stopped", 130) from error
+            raise _Failure(INTERRUPTED, 130) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -77,6 +82,36 @@ def _load(config: Path | None, overrides: tuple[str, ...]) -> Pipeline:
     return load_pipeline(config, overrides)
 
 
+def _check_output(folder: Path, setting: str) -> None:
+    """Refuse, before any work is done, a folder that cannot be made or written in."""
+    places = (folder.absolute(), *folder.absolute().parents)
+    nearest = next(place for place in places if os.access(place, os.F_OK))
+    if not nearest.is_dir():
+        raise SettingsError(
+            f"{setting}: cannot write in {folder}: {nearest} is not a folder; choose another path"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise SettingsError(
+            f"{setting}: cannot write in {folder}: {nearest} is not writable; choose another path, or change "
+            "its permissions"
+        )
+
+
+@contextmanager
+def _telling_what_is_kept(store: Path) -> Iterator[None]:
+    """Let an interruption say how far the store is."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        from satdifuser.store.reader import is_store, open_store
+
+        if not is_store(store):
+            raise
+        opened = open_store(store)
+        kept = opened.attributes.shards - len(opened.missing_shards())
+        raise _Failure(f"{INTERRUPTED}; {kept} of {opened.attributes.shards} shards are kept", 130) from error
+
+
 @cli.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
@@ -89,7 +124,9 @@ def run(config: Path | None, overrides: tuple[str, ...], out: Path | None, overw
     pipeline = _load(config, overrides)
     if out is not None:
         pipeline = pipeline.model_copy(update={"output": out})
-    summary = run_pipeline(pipeline, overwrite)
+    _check_output(pipeline.output, "output (-o)")
+    with _telling_what_is_kept(pipeline.store_path):
+        summary = run_pipeline(pipeline, overwrite)
     click.echo(summary)
 
 
@@ -143,7 +180,10 @@ def extract(config: Path | None, overrides: tuple[str, ...], out: Path | None, o
 
     pipeline = _load(config, overrides)
     job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
-    store = run_extraction(job, out or pipeline.store_path, overwrite)
+    path = out or pipeline.store_path
+    _check_output(path.parent, "store.path (-o)")
+    with _telling_what_is_kept(path):
+        store = run_extraction(job, path, overwrite)
     click.echo(store)
 
 
@@ -161,7 +201,9 @@ def fit(
     from satdifuser.store.reader import open_store
 
     pipeline = _load(config, overrides)
-    runs = fit_all(open_store(store), pipeline, out or pipeline.output / "runs", overwrite)
+    folder = out or pipeline.output / "runs"
+    _check_output(folder, "output (-o)")
+    runs = fit_all(open_store(store), pipeline, folder, overwrite)
     click.echo(format_table(results_table(runs)))
 
 
@@ -184,9 +226,10 @@ def evaluate(
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
 def report(runs: tuple[Path, ...], out: Path) -> None:
-    """Write one self-contained HTML page about some runs."""
+    """Write one self-contained HTML page about some runs: their folders, or folders that hold them."""
     from satdifuser.pipeline import report_runs
 
+    _check_output(out.parent, "-o")
     click.echo(report_runs(list(runs), out))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,15 @@ if TYPE_CHECKING:
     from satdifuser.store.reader import FeatureStore
 
 PACKAGED = "pipeline.yaml"
+
+
+@dataclass(frozen=True)
+class Override:
+    """One ``--set a.b=c``: its text, the keys a and b, the value c."""
+
+    text: str
+    path: list[str]
+    value: Any
 
 
 class Pipeline(Settings):
@@ -72,22 +82,35 @@ def load_pipeline(file: Path | None = None, overrides: Sequence[str] = ()) -> Pi
     """
     name = str(file) if file else f"packaged {PACKAGED}"
     raw = _read_yaml(file, name)
-    changes = [_parse_override(text) for text in overrides]
-    _drop_foreign_source(raw, changes)
-    for path, value in changes:
-        _assign(raw, path, value)
-    return validate_settings(raw, name)
+    changes = _renew_source(raw, [_parse_override(text) for text in overrides])
+    for change in changes:
+        _assign(raw, change.path, change.value)
+    return validate_settings(raw, name, changes)
 
 
-def validate_settings(raw: Mapping[str, Any], name: str) -> Pipeline:
-    """Validate nested settings; `name` says in errors where they come from."""
+def validate_settings(raw: Mapping[str, Any], name: str, overrides: Sequence[Override] = ()) -> Pipeline:
+    """Validate nested settings.
+
+    Args:
+        raw: The settings by section.
+        name: Says in errors where they come from …
+        overrides: … but for these, already assigned.
+
+    Raises:
+        SettingsError: naming every wrong setting at once.
+    """
     try:
         return Pipeline.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError(_describe(error, raw, name)) from None
+        raise SettingsError(_describe(error, raw, name, overrides)) from None
 
 
 def _read_yaml(file: Path | None, name: str) -> dict[str, Any]:
+    if file and file.is_dir():
+        raise SettingsError(
+            f"{name}: is a folder, expected a pipeline file (YAML); to extract the images in a folder use "
+            f"`--set source.kind=folder --set source.root={file}`"
+        )
     try:
         text = file.read_text() if file else (files("satdifuser") / PACKAGED).read_text()
         raw = yaml.safe_load(text)
@@ -100,21 +123,24 @@ def _read_yaml(file: Path | None, name: str) -> dict[str, Any]:
     return raw or {}
 
 
-def _parse_override(text: str) -> tuple[list[str], Any]:
+def _parse_override(text: str) -> Override:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise SettingsError(f"--set {text}: expected section.key=value, e.g. --set extract.seed=1")
     try:
-        return key.strip().split("."), yaml.safe_load(value)
+        return Override(text, key.strip().split("."), yaml.safe_load(value))
     except yaml.YAMLError as error:
         raise SettingsError(f"--set {text}: the value is not readable YAML: {error}") from error
 
 
-def _drop_foreign_source(raw: dict[str, Any], changes: Sequence[tuple[list[str], Any]]) -> None:
-    kinds = [value for path, value in changes if path == ["source", "kind"]]
+def _renew_source(raw: Mapping[str, Any], changes: list[Override]) -> list[Override]:
+    """Put the whole block before the changes where one names another source.kind than the file."""
+    kinds = [change for change in changes if change.path == ["source", "kind"]]
     source = raw.get("source")
-    if kinds and isinstance(source, dict) and source.get("kind", "synthetic") != kinds[-1]:
-        raw["source"] = {}
+    held = source.get("kind", "synthetic") if isinstance(source, dict) else "synthetic"
+    if not kinds or kinds[-1].value == held:
+        return changes
+    return [replace(kinds[-1], path=["source"], value={"kind": kinds[-1].value}), *changes]
 
 
 def _assign(raw: dict[str, Any], path: list[str], value: Any) -> None:
@@ -125,16 +151,37 @@ def _assign(raw: dict[str, Any], path: list[str], value: Any) -> None:
     raw[path[-1]] = value
 
 
-def _describe(error: ValidationError, raw: Mapping[str, Any], name: str) -> str:
-    rules: dict[str, tuple[str, list[str]]] = {}
+def _describe(
+    error: ValidationError, raw: Mapping[str, Any], name: str, overrides: Sequence[Override]
+) -> str:
+    """Every wrong setting with its rules, under the file or the override it stands in."""
+    found: dict[str, dict[str, list[str]]] = {}
     for item in error.errors():
-        path = ".".join(map(str, _user_path(item["loc"], raw)))
-        shown = "" if item["type"] == "missing" else f" = {item['input']!r}"
-        _, texts = rules.setdefault(path, (shown, []))
-        texts.append(_rule(item))
-    lines = [f"  {p}{shown}: {' or '.join(dict.fromkeys(texts))}" for p, (shown, texts) in rules.items()]
-    count = "1 setting is" if len(lines) == 1 else f"{len(lines)} settings are"
-    return "\n".join([f"{name}: {count} wrong", *lines])
+        path = [str(key) for key in _user_path(item["loc"], raw)]
+        settings = found.setdefault(_origin(path, name, overrides), {})
+        settings.setdefault(f"{'.'.join(path)}{_shown(item)}", []).append(_rule(item))
+    return "\n".join(_block(origin, settings) for origin, settings in found.items())
+
+
+def _block(origin: str, settings: Mapping[str, Sequence[str]]) -> str:
+    count = "1 setting is" if len(settings) == 1 else f"{len(settings)} settings are"
+    lines = [f"  {setting}: {' or '.join(dict.fromkeys(rules))}" for setting, rules in settings.items()]
+    return "\n".join([f"{origin}: {count} wrong", *lines])
+
+
+def _origin(path: list[str], name: str, overrides: Sequence[Override]) -> str:
+    """The last override of this setting, of a part of it or of a section around it; else the file."""
+    for override in reversed(overrides):
+        if all(ours == theirs for ours, theirs in zip(override.path, path, strict=False)):
+            return f"--set {override.text}"
+    return name
+
+
+def _shown(item: Any) -> str:
+    """The value seen; a section is too long to show, its rule says what is wrong in it."""
+    if item["type"] == "union_tag_invalid":
+        return f".kind = {item['ctx']['tag']!r}"
+    return "" if item["type"] == "missing" or isinstance(item["input"], dict) else f" = {item['input']!r}"
 
 
 def _user_path(location: Sequence[int | str], raw: Any) -> Iterator[int | str]:
@@ -156,7 +203,7 @@ def _rule(item: Any) -> str:
         return "is missing, and has no default"
     if item["type"] == "union_tag_invalid":
         kind, kinds = repr(item["ctx"]["tag"]), item["ctx"]["expected_tags"]
-        return f"expected a kind of {kinds}, got {kind}{suggest(kind, kinds.split(', '))}"
+        return f"expected one of {kinds}{suggest(kind, kinds.split(', '))}"
     message: str = item["msg"]
     return message.removeprefix("Value error, ").replace("Input should be", "expected")
 
@@ -214,13 +261,19 @@ def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bo
     return runs
 
 
-def report_runs(runs: Sequence[Path], out: Path) -> Path:
-    """Write the report page of some runs, with pictures from their store where it is still there."""
+def report_runs(folders: Sequence[Path], out: Path) -> Path:
+    """Write the report page of some runs, with pictures from their store where it is still there.
+
+    Args:
+        folders: Run folders, and folders of runs.
+        out: Path of the HTML file.
+    """
     from satdifuser.errors import StoreError
     from satdifuser.evaluate.report import write_report
-    from satdifuser.fuse.run_folder import open_run
+    from satdifuser.fuse.run_folder import find_runs, open_run
     from satdifuser.store.reader import open_store
 
+    runs = find_runs(folders)
     first = open_run(runs[0])
     try:
         store = report_store(open_store(first.info["store"]["path"]))
@@ -235,13 +288,13 @@ def report_store(store: FeatureStore) -> ReportStore:
     from satdifuser.evaluate.report import ReportStore
 
     a = store.attributes
-    place = {name: row for row, name in enumerate(store.tiles.tile_id)}
+    place = {name: row for row, name in store.tiles.tile_id.items()}
     extraction, source = a.settings["extract"], a.settings["source"]
     strides = ", ".join(map(str, sorted({layer.stride for layer in a.layers})))
     facts = {
         "source": f"{source['kind']} {source.get('root', '')}".strip(),
         "tiles": f"{a.tiles} of {a.tile_size[0]} x {a.tile_size[1]} px",
-        "splits": ", ".join(f"{name} {count}" for name, count in store.split_counts().items()),
+        "splits": store.splits_text(),
         "backbone": str(a.backbone["model"]),
         "noising": f"{extraction['noising']}, timesteps {', '.join(map(str, a.timesteps))}",
         "layers": f"{len(a.layers)}, at {strides} px per cell",

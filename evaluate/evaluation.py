@@ -145,11 +145,13 @@ def evaluate_run(folder: Path, store_path: Path | None, settings: EvaluateSettin
         What metrics.json holds.
 
     Raises:
-        RunError: the run or the store is not there, or they do not fit each other.
+        RunError: the run or the store is not there, or they do not fit each other, or metrics.json is
+            damaged, so that its count of test reads is lost.
     """
     run = open_run(folder)
     if run.info["kind"] != "fusion":
         raise RunError(f"{folder}: a baseline is measured when it is made; run `satdifuser fit` again")
+    previous_test_reads(run)  # a damaged count is told before test is read once more
     store = open_store(store_path or Path(run.info["store"]["path"]))
     check_features(run, store)
     network, statistics, fit_settings = load_network(run, store)
@@ -200,6 +202,7 @@ def write_outcome(
         val: Metrics on val; where that is the reported split, they give way to the outcome's.
         settings: How it was measured.
     """
+    reads = previous_test_reads(run) + (settings.split == "test")
     tile_ids = [str(name) for name in store.tiles.tile_id.to_numpy()[rows]]
     buffer = io.BytesIO()
     outcome.table(tile_ids, settings.split).to_parquet(buffer)
@@ -220,7 +223,7 @@ def write_outcome(
         "selected_on": "val",
         "val": val,
         settings.split: {**outcome.metrics(), "interval": outcome.intervals(settings)},
-        "test_reads": previous_test_reads(run) + (settings.split == "test"),
+        "test_reads": reads,
         **measurement(run, store, settings),
     }
     write_durably(run.path / METRICS_FILE, (json.dumps(metrics, indent=1) + "\n").encode())
@@ -235,9 +238,12 @@ def note_settings(run: Run, settings: EvaluateSettings) -> None:
 
 
 def previous_test_reads(run: Run) -> int:
-    """How often this run's test split was read before."""
-    path = run.path / METRICS_FILE
-    return int(json.loads(path.read_text()).get("test_reads", 0)) if path.is_file() else 0
+    """How often this run's test split was read before.
+
+    Raises:
+        RunError: metrics.json is damaged.
+    """
+    return int(run.metrics.get("test_reads", 0)) if (run.path / METRICS_FILE).is_file() else 0
 
 
 def format_metrics(folder: Path, metrics: dict[str, Any]) -> str:

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from satdifuser.errors import BackboneError, SettingsError
+from satdifuser.extract.images import resolve_image_size
 from satdifuser.extract.layers import layer_table
-from satdifuser.extract.settings import BackboneSettings
+from satdifuser.extract.settings import BackboneSettings, Size
 from satdifuser.extract.unet import Conditions, SatUNet
 from satdifuser.store.schema import LayerInfo
 
@@ -73,6 +74,26 @@ class BackboneInfo:
     def steps_offset(self) -> int:
         """First timestep of a leading-spaced schedule."""
         return int(self.scheduler.config.steps_offset)
+
+    def image_size(self, asked: str | Size, tile_size: tuple[int, int]) -> tuple[int, int]:
+        """The (H, W) px at which this backbone sees tiles; ``auto`` is the trained size where it is known.
+
+        Args:
+            asked: "auto", N or (H, W).
+            tile_size: (H, W) px of the tiles.
+
+        Raises:
+            SettingsError: a size is no multiple of the stride, or ``auto`` would shrink the tiles.
+        """
+        if asked == "auto" and self.trained_size:
+            if max(tile_size) > self.trained_size:
+                raise SettingsError(
+                    f"extract.image_size: auto is {self.trained_size} px for {self.name}, but the tiles are "
+                    f"{tile_size[0]} x {tile_size[1]} px and would be shrunk; set source.tile_size to "
+                    f"{self.trained_size} or less, or extract.image_size to the size you want"
+                )
+            asked = self.trained_size
+        return resolve_image_size(asked, tile_size, self.coarsest_stride)
 
     def layers(self, image_size: tuple[int, int]) -> list[LayerInfo]:
         """All tappable layers for images of this (H, W) size in pixels."""
@@ -129,7 +150,8 @@ def find_backbone(settings: BackboneSettings) -> BackboneInfo:
     """Find a backbone and read its configuration; no weights are read.
 
     Raises:
-        BackboneError: there is no such folder, or a component is missing.
+        SettingsError: there is no such folder or hub id.
+        BackboneError: a component is missing.
     """
     folder = _locate(settings.model)
     unet_folder = _find_unet(folder)
@@ -192,7 +214,7 @@ def _locate(model: str) -> Path:
         return folder
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not folder.parent.is_dir():
         return _download(model)
-    raise BackboneError(
+    raise SettingsError(
         f"backbone.model: no folder {model}; expected 'embedded', a diffusers folder or a hub id"
     )
 
@@ -205,14 +227,17 @@ def _download(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise BackboneError(f"backbone.model: cannot fetch {model} from the hub: {error}") from error
+        raise SettingsError(
+            f"backbone.model: no folder {model}, and it cannot be fetched from the hub: {error}"
+        ) from error
 
 
 def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
     """Load the weights of a backbone.
 
     Raises:
-        BackboneError: the weights cannot be read, or the device is not there.
+        SettingsError: the device is not there.
+        BackboneError: the weights cannot be read.
     """
     device = resolve_device(settings.device)
     dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -235,14 +260,20 @@ def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Choose the device: ``auto`` is a GPU where there is one."""
+    """Choose the device: ``auto`` is a GPU where there is one.
+
+    Raises:
+        SettingsError: the device is not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise BackboneError(f"backbone.device: {device!r} is not available here: {error}") from error
+        raise SettingsError(
+            f"backbone.device: {device!r} is not available here: {error}; use auto or cpu"
+        ) from error
     return chosen
 
 

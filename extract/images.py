@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from satdifuser.extract.sources.tile import Tile
 
 Floats = NDArray[np.float32]
 PERCENTILES = (5, 25, 50, 75, 95)
+ROUNDING = 1e-6  # by which float32 may leave [0, 1] without a value being clipped
 COLOUR_STATISTICS = [
     f"{band}_{name}"
     for band in ("red", "green", "blue")
@@ -22,7 +25,21 @@ COLOUR_STATISTICS = [
 ]
 
 
-def to_rgb(tile: Tile, settings: ImageSettings) -> Floats:
+@dataclass(frozen=True)
+class Prepared:
+    """A tile as RGB in [0, 1], and how its raw values of those three bands came to fit."""
+
+    rgb: Floats  # (3, H, W)
+    raw_range: tuple[float, float]  # lowest and highest value with data
+    clipped_share: float  # of the values with data
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the picture's bytes."""
+        return hashlib.sha256(self.rgb.tobytes()).hexdigest()
+
+
+def to_rgb(tile: Tile, settings: ImageSettings) -> Prepared:
     """Choose three bands and scale them: value * scale + offset, clipped to [0, 1].
 
     Pixels without data take the mean colour of those with data, so that a border does not look like an
@@ -33,7 +50,7 @@ def to_rgb(tile: Tile, settings: ImageSettings) -> Floats:
         settings: Its bands, scale and offset.
 
     Returns:
-        (3, H, W) float32 in [0, 1].
+        The picture (3, H, W) float32 in [0, 1], with raw range and share clipped.
 
     Raises:
         ImageError: wrong number of bands, no pixel with data, an undeclared scale, or a scale that
@@ -46,7 +63,8 @@ def to_rgb(tile: Tile, settings: ImageSettings) -> Floats:
     if not valid.any():
         raise ImageError(f"tile {tile.record.tile_id}: no pixel holds data")
     held = raw[:, valid]
-    value_range = f"values {held.min():g} to {held.max():g}"
+    raw_range = float(held.min()), float(held.max())
+    value_range = f"values {raw_range[0]:g} to {raw_range[1]:g}"
     scale = _scale(tile, settings, value_range)
     with np.errstate(over="ignore"):
         scaled = raw * np.float32(scale) + np.float32(settings.offset)
@@ -55,9 +73,10 @@ def to_rgb(tile: Tile, settings: ImageSettings) -> Floats:
             f"tile {tile.record.tile_id}: value * {scale:g} + {settings.offset:g} is above 1 everywhere "
             f"({value_range}); expected source.scale to bring values into [0, 1], e.g. 1/10000"
         )
+    clipped = np.abs(scaled[:, valid] - 0.5) > 0.5 + ROUNDING
     rgb: Floats = np.clip(scaled, 0, 1)
     rgb[:, ~valid] = rgb[:, valid].mean(axis=1, keepdims=True)
-    return rgb
+    return Prepared(rgb, raw_range, float(clipped.mean()))
 
 
 def _band_positions(tile: Tile, bands: Sequence[int | str] | None) -> list[int]:
@@ -66,8 +85,10 @@ def _band_positions(tile: Tile, bands: Sequence[int | str] | None) -> list[int]:
     if bands is None:
         if count == 3:
             return [0, 1, 2]
+        path = tile.record.path
+        convert = "convert it to RGB, or " if path.lower().endswith((".jpg", ".jpeg", ".png")) else ""
         raise ImageError(
-            f"tile {tile.record.tile_id}: {held}, expected 3; name red, green and blue with "
+            f"{path}, tile {tile.record.tile_id}: {held}, expected 3; {convert}name red, green and blue with "
             "source.bands, by number from 1 or by description, e.g. [3, 2, 1]"
         )
     return [_band_position(tile, band, held) for band in bands]

@@ -16,10 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from satdifuser.errors import SourceError
+from satdifuser.errors import SettingsError, SourceError
 from satdifuser.extract.backbone import Backbone, BackboneInfo, resolve_device, tensor_digest
-from satdifuser.extract.images import COLOUR_STATISTICS, resolve_image_size
+from satdifuser.extract.images import COLOUR_STATISTICS
 from satdifuser.extract.layers import select_layers
+from satdifuser.extract.metadata import count_missing
 from satdifuser.extract.noising import SEED_RULE, check_timesteps, resolve_timesteps
 from satdifuser.extract.settings import (
     BackboneSettings,
@@ -59,19 +60,40 @@ class Job:
 
 
 def fix_automatic(job: Job, out: Path, overwrite: bool) -> Job:
-    """Replace ``auto`` by what the store at `out` was begun with, or by this machine's values."""
+    """Replace ``auto`` by what the store at `out` was begun with, or by this machine's values.
+
+    Raises:
+        SettingsError: the device is not there, or prompts do not match the tiles of a batch.
+    """
     begun = FeatureStore(out).attributes.feature_identity if is_store(out) and not overwrite else {}
     device = job.backbone_settings.device
     if device == "auto":
         device = str(begun.get("device") or resolve_device("auto"))
     batch, threads = job.settings.batch_size, job.settings.threads
     if batch == "auto":
-        batch = begun.get("batch_size") or (GPU_BATCH if device.startswith("cuda") else CPU_BATCH)
+        batch = begun.get("batch_size") or default_batch(job.backbone_settings.prompt, device)
+    check_prompts(job.backbone_settings.prompt, batch)
     if threads == "auto":
         threads = begun.get("threads") or os.cpu_count() or 1
     settings = job.settings.model_copy(update={"batch_size": batch, "threads": threads})
     backbone = job.backbone_settings.model_copy(update={"device": device})
     return Job(job.source_settings, backbone, settings, job.store)
+
+
+def default_batch(prompt: str | list[str], device: str) -> int:
+    """Tiles of a batch: as many as there are prompts, if there are several."""
+    if isinstance(prompt, list):
+        return len(prompt)
+    return GPU_BATCH if device.startswith("cuda") else CPU_BATCH
+
+
+def check_prompts(prompt: str | list[str], batch: int) -> None:
+    """Refuse several prompts that are not one for each tile of a batch."""
+    if isinstance(prompt, list) and len(prompt) != batch:
+        raise SettingsError(
+            f"backbone.prompt: {len(prompt)} texts, but extract.batch_size is {batch}; name one text for "
+            "each tile of a batch, or a single one for all"
+        )
 
 
 def tile_size(records: Sequence[TileRecord]) -> tuple[int, int]:
@@ -94,7 +116,7 @@ def plan_layers(
     job: Job, info: BackboneInfo, size: tuple[int, int]
 ) -> tuple[tuple[int, int], list[LayerInfo]]:
     """Image size and tapped layers of a job, from the backbone's configuration alone."""
-    image_size = resolve_image_size(job.settings.image_size, size, info.coarsest_stride)
+    image_size = info.image_size(job.settings.image_size, size)
     layers = select_layers(info.layers(image_size), job.settings.layers)
     timesteps = resolve_timesteps(job.settings.timesteps)
     check_timesteps(timesteps, job.settings.noising, info.train_steps, job.settings.steps, info.steps_offset)
@@ -139,11 +161,21 @@ def new_attributes(
         encoding=job.store.encoding,
         previews=job.store.previews,
         colour_statistics=COLOUR_STATISTICS,
-        backbone={"model": backbone.info.name, "weights_sha256": backbone.weights_digest},
+        backbone=_describe_backbone(job, backbone, records, image_size),
         feature_identity=identity,
         planned=planned,
         settings=resolved_settings(job, size, image_size, timesteps, per_shard),
     )
+
+
+def _describe_backbone(
+    job: Job, backbone: Backbone, records: Sequence[TileRecord], image_size: tuple[int, int]
+) -> dict[str, Any]:
+    """Name and weights of the backbone, and how many tiles lack each metadata field that it reads."""
+    named = {"model": backbone.info.name, "weights_sha256": backbone.weights_digest}
+    if not job.backbone_settings.metadata:
+        return named
+    return named | {"metadata_missing": count_missing(records, image_size)}
 
 
 def resolved_settings(
@@ -169,7 +201,7 @@ def _feature_identity(
 ) -> dict[str, Any]:
     """Everything that shapes one feature value; its hash is the store's `feature` hash."""
     settings = job.settings
-    names = ("noising", "steps", "draws", "seed", "latent", "prediction", "batch_size", "threads")
+    names = ("noising", "steps", "draws", "seed", "latent", "prediction", "guidance", "batch_size", "threads")
     scheduler = backbone.info.scheduler.config
     betas = (
         "num_train_timesteps",
@@ -182,6 +214,8 @@ def _feature_identity(
     return {
         "weights": backbone.weights_digest,
         "prompt_embedding": tensor_digest(backbone.prompt),
+        "negative_prompt": job.backbone_settings.negative_prompt if settings.guidance is not False else None,
+        "metadata": job.backbone_settings.metadata,
         "scheduler": {name: scheduler[name] for name in betas},
         **{name: getattr(settings, name) for name in names},
         "seed_rule": SEED_RULE,

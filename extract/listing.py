@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from satdifuser.errors import ImageError
 from satdifuser.extract.backbone import find_backbone
-from satdifuser.extract.images import raw_means, resolve_image_size, to_rgb
+from satdifuser.extract.images import raw_means, to_rgb
 from satdifuser.extract.job import tile_size
 from satdifuser.extract.layers import select_layers
 from satdifuser.extract.settings import (
@@ -21,18 +22,22 @@ from satdifuser.extract.settings import (
 )
 from satdifuser.extract.sources import list_tiles, open_source
 from satdifuser.extract.sources.tile import Source, Tile
+from satdifuser.extract.value_range import ValueRange
 from satdifuser.store.schema import LayerInfo
 
 
 def describe_tiles(source: Source, images: ImageSettings) -> Iterator[dict[str, Any]]:
     """Read every tile of a source and describe it.
 
+    After the last one, a scale that looks wrong is warned of on stderr.
+
     Yields:
         tile_id, path, split, splits by partition where there are several, size (H, W) px, bands, band_names,
         label as numbers, target summary, raw_means of all bands, prepared_means of red, green and blue in
-        [0, 1], bounds, crs, date, valid_share, padded; or an ``error`` in place of what could not be read
-        where ``on_error`` is skip.
+        [0, 1], clipped (share of their values that lay outside), bounds, crs, date, valid_share, padded; or
+        an ``error`` in place of what could not be read where ``on_error`` is skip.
     """
+    values = ValueRange(images)
     for record in list_tiles(source):
         place = record.georeference
         line: dict[str, Any] = {
@@ -55,14 +60,18 @@ def describe_tiles(source: Source, images: ImageSettings) -> Iterator[dict[str, 
                 raise
             yield line | {"error": str(error)}
             continue
+        values.add(prepared)
         yield line | {
             "target": _target(source, tile),
             "valid_share": float(tile.valid.mean()),
             "bands": len(tile.image),
             "band_names": list(tile.band_names),
             "raw_means": raw_means(tile),
-            "prepared_means": [float(mean) for mean in prepared.mean(axis=(1, 2), dtype=np.float64)],
+            "prepared_means": [float(mean) for mean in prepared.rgb.mean(axis=(1, 2), dtype=np.float64)],
+            "clipped": prepared.clipped_share,
         }
+    if warning := values.warning():
+        print(warning, file=sys.stderr)
 
 
 def _target(source: Source, tile: Tile) -> Any:
@@ -94,7 +103,9 @@ def format_tile(line: dict[str, Any]) -> str:
         target = ", ".join(f"{name} {share:.0%}" for name, share in target.items())
     if isinstance(target, list):
         target = ", ".join(target)
-    return f"{start}  rgb {means}  {target or '-'}{'  padded' if line['padded'] else ''}"
+    notes = "  padded" if line["padded"] else ""
+    notes += f"  clipped {line['clipped']:.2%}" if line["clipped"] else ""
+    return f"{start}  rgb {means}  {target or '-'}{notes}"
 
 
 def describe_layers(
@@ -103,5 +114,5 @@ def describe_layers(
     """The layer table for a source's tiles: what the patterns select, or all that can be tapped."""
     info = find_backbone(backbone)
     size = tile_size(list_tiles(open_source(source)))
-    table = info.layers(resolve_image_size(extract.image_size, size, info.coarsest_stride))
+    table = info.layers(info.image_size(extract.image_size, size))
     return table if show_all else select_layers(table, extract.layers)

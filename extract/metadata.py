@@ -8,6 +8,8 @@ after this scaling; so does a tile that lacks a field.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from datetime import datetime
 
@@ -71,6 +73,17 @@ def normalise(metadata: Metadata, where: str = "metadata") -> Tensor:
 def missing_fields(metadata: Metadata) -> list[str]:
     """Names of the fields that are not known."""
     return [name for name, value in zip(FIELDS, astuple(metadata), strict=True) if value is None]
+
+
+def collect_metadata(records: Sequence[TileRecord], image_size: tuple[int, int]) -> dict[str, Tensor]:
+    """Each tile's metadata by its id, (7,) float32 as `normalise` makes it; see `tile_metadata`."""
+    return {r.tile_id: normalise(tile_metadata(r, image_size), f"tile {r.tile_id}") for r in records}
+
+
+def count_missing(records: Sequence[TileRecord], image_size: tuple[int, int]) -> dict[str, int]:
+    """How many tiles lack each field, for those that any tile lacks."""
+    lacking = Counter(name for r in records for name in missing_fields(tile_metadata(r, image_size)))
+    return {name: lacking[name] for name in FIELDS if lacking[name]}
 
 
 def tile_metadata(record: TileRecord, image_size: tuple[int, int]) -> Metadata:

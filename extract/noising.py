@@ -22,8 +22,8 @@ SEED_RULE = "sha256(seed:tile_id:purpose:draw) -> Philox -> standard normal floa
 
 
 def resolve_timesteps(timesteps: Sequence[int] | str) -> list[int]:
-    """Look up a preset's timesteps, or take the given ones in ascending order without repeats."""
-    return PRESETS[timesteps] if isinstance(timesteps, str) else sorted(set(timesteps))
+    """Look up a preset's timesteps, or take the given ones in ascending order."""
+    return PRESETS[timesteps] if isinstance(timesteps, str) else sorted(timesteps)
 
 
 def inversion_grid(train_steps: int, steps: int, offset: int) -> list[int]:
@@ -44,13 +44,11 @@ def inversion_grid(train_steps: int, steps: int, offset: int) -> list[int]:
 def check_timesteps(
     timesteps: Sequence[int], noising: str, train_steps: int, steps: int, offset: int
 ) -> None:
-    """Refuse timesteps that the noising cannot reach.
+    """Refuse timesteps that the noising cannot reach with this backbone's schedule.
 
     Raises:
         SettingsError: naming the nearest ones that it can.
     """
-    if not timesteps:
-        raise SettingsError("extract.timesteps: got an empty list, expected at least one timestep")
     if noising == "forward":
         wrong = [t for t in timesteps if not 0 <= t < train_steps]
         if wrong:

@@ -6,7 +6,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from satdifuser.extract.geobench_datasets import RGB, SCALES
 from satdifuser.store.settings import Settings
@@ -37,8 +45,10 @@ class SplitShares(Settings):
 
     @model_validator(mode="after")
     def check_sum(self) -> SplitShares:
-        if abs(self.train + self.val + self.test - 1) > 1e-6:
-            raise ValueError(f"train + val + test must be 1, got {self.train + self.val + self.test:g}")
+        total = self.train + self.val + self.test
+        if abs(total - 1) > 1e-6:
+            shares = f"train {self.train:g} + val {self.val:g} + test {self.test:g}"
+            raise ValueError(f"{shares} must be 1, got {total:g}")
         return self
 
 
@@ -140,8 +150,8 @@ class ExtractSettings(Settings):
     """Which features are taken from the backbone."""
 
     layers: list[str] = Field(default=["up_blocks.*.attn1", "up_blocks.*.conv2"], min_length=1)
+    noising: Literal["forward", "inversion"] = "forward"  # stands first: the timesteps are checked by it
     timesteps: list[int] | Literal["released", "paper"] = "released"
-    noising: Literal["forward", "inversion"] = "forward"
     steps: PositiveInt = 50
     draws: PositiveInt = 1
     latent: Literal["mode", "sample"] = "mode"
@@ -151,3 +161,23 @@ class ExtractSettings(Settings):
     seed: NonNegativeInt = 0
     batch_size: PositiveInt | Literal["auto"] = "auto"
     threads: PositiveInt | Literal["auto"] = "auto"
+
+    @field_validator("guidance")
+    @classmethod
+    def check_guidance(cls, guidance: float | Literal[False], info: ValidationInfo) -> float | Literal[False]:
+        if guidance is not False and info.data.get("noising") == "forward":
+            raise ValueError(
+                "guidance steers the inversion; set extract.noising: inversion, or guidance: false"
+            )
+        return guidance
+
+    @field_validator("timesteps")
+    @classmethod
+    def check_timesteps(cls, timesteps: list[int] | str, info: ValidationInfo) -> list[int] | str:
+        """What can be told without a backbone; `noising.check_timesteps` tells the rest."""
+        if isinstance(timesteps, str):
+            return timesteps
+        lowest = 0 if info.data.get("noising") == "forward" else -1  # inversion starts at the clean latent
+        if not timesteps or len(set(timesteps)) < len(timesteps) or min(timesteps) < lowest:
+            raise ValueError(f"expected one or more timesteps of at least {lowest}, each named once")
+        return timesteps

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,12 @@ class Run:
         if not path.is_file():
             raise RunError(f"{self.path}: has no metrics.json; run `satdifuser evaluate {self.path}`")
         try:
-            metrics: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise RunError(f"{path}: is damaged: {error}; run `satdifuser evaluate {self.path}`") from error
+            metrics: dict[str, Any] = dict(json.loads(path.read_text()))
+        except (TypeError, ValueError) as error:
+            raise RunError(
+                f"{path}: is damaged: {error}; delete it, which starts its count of test reads anew, and "
+                f"measure the run again: `satdifuser evaluate {self.path}`, for a baseline `satdifuser fit`"
+            ) from error
         return metrics
 
 
@@ -68,11 +72,27 @@ def open_run(path: Path) -> Run:
         raise RunError(f"{path}: no such run folder")
     if not (path / RUN_FILE).is_file():
         hint = "; its training is unfinished" if (path / CHECKPOINT_FILE).is_file() else ""
-        raise RunError(f"{path}: not a run (no {RUN_FILE}){hint}; make one with `satdifuser fit`")
+        raise RunError(
+            f"{path}: not a run (no {RUN_FILE}){hint}; a run is a folder with {SETTINGS_FILE}, {RUN_FILE} "
+            f"and {METRICS_FILE}; make one with `satdifuser fit`"
+        )
     try:
         return Run(path, json.loads((path / RUN_FILE).read_text()))
     except ValueError as error:
-        raise RunError(f"{path / RUN_FILE}: is damaged: {error}") from error
+        raise RunError(f"{path / RUN_FILE}: is damaged: {error}; fit again with --overwrite") from error
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Run folders among these folders and directly in them, each once.
+
+    Raises:
+        RunError: a folder neither is a run nor holds one.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(file.parent for file in path.glob(f"*/{RUN_FILE}"))
+        found += inside or [open_run(path).path]
+    return list(dict.fromkeys(found))
 
 
 def save_run(

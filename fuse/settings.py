@@ -11,8 +11,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from satdifuser.errors import SettingsError
@@ -82,9 +82,26 @@ class FitSettings(Settings):
             raise ValueError(f"name each value once, got {', '.join(twice)} twice or more")
         return values
 
-    @model_validator(mode="after")
-    def check_widths(self) -> FitSettings:
-        check_top_k(self.top_k, self.experts)
-        if self.projection != "auto":
-            check_norm_groups(self.projection, 1 if self.norm_groups == "auto" else self.norm_groups)
-        return self
+    # A check of two fields stands at the later one, so that it is reported with all others.
+
+    @field_validator("projection")
+    @classmethod
+    def check_projection(cls, projection: Any) -> Any:
+        if projection != "auto":
+            check_norm_groups(projection, 1)
+        return projection
+
+    @field_validator("norm_groups")
+    @classmethod
+    def check_groups(cls, norm_groups: Any, info: ValidationInfo) -> Any:
+        projection = info.data.get("projection", "auto")
+        if "auto" not in (projection, norm_groups):
+            check_norm_groups(projection, norm_groups)
+        return norm_groups
+
+    @field_validator("top_k")
+    @classmethod
+    def check_chosen(cls, top_k: int, info: ValidationInfo) -> int:
+        if "experts" in info.data:
+            check_top_k(top_k, info.data["experts"])
+        return top_k

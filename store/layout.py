@@ -15,7 +15,17 @@ from satdifuser.store.encoding import table_codecs, value_codecs
 from satdifuser.store.schema import Attributes, group_layers
 
 TINY_MAP_BYTES = 16 * 1024
-TEXT_FIELDS = ("tile_id", "path", "crs", "date", "skip_reason", "target_digest", "digest")
+ROW_TEXT_FIELDS = (
+    "tile_id",
+    "path",
+    "crs",
+    "date",
+    "skip_reason",
+    "file_state",
+    "image_digest",
+    "target_digest",
+)
+TEXT_FIELDS = (*ROW_TEXT_FIELDS, "digest")
 SPLITS = ("none", "train", "val", "test")  # index = stored code
 
 

@@ -68,11 +68,10 @@ class FeatureStore(ShardedStore):
 
     def __repr__(self) -> str:
         a = self.attributes
-        splits = ", ".join(f"{count} {name}" for name, count in self.split_counts().items())
         state = "" if not self.missing_shards() else f"\n  INCOMPLETE: {self.missing_text()}"
         return (
             f"<FeatureStore {self.path}>\n"
-            f"  tiles      {a.tiles} of {a.tile_size[0]} x {a.tile_size[1]} px ({splits})\n"
+            f"  tiles      {a.tiles} of {a.tile_size[0]} x {a.tile_size[1]} px ({self.splits_text()})\n"
             f"  targets    {a.task or 'none'}{f', {len(a.classes)} classes' if a.classes else ''}\n"
             f"  timesteps  {a.timesteps}\n"
             f"  layers     {len(a.layers)} at strides {sorted({x.stride for x in a.layers})}\n"
@@ -101,7 +100,10 @@ class FeatureStore(ShardedStore):
 
     @cached_property
     def tiles(self) -> pd.DataFrame:
-        """One row per tile: id, split, label, path, place, date, valid share, colour statistics."""
+        """One row per extracted tile: id, split, label, path, place, date, valid share, colour statistics.
+
+        The index is the tile's row in the store's arrays.
+        """
         import pandas as pd
 
         table = pd.DataFrame({name: self._text(name) for name in TEXT_FIELDS})
@@ -113,19 +115,25 @@ class FeatureStore(ShardedStore):
             table[name] = bounds[:, column]
         table["valid_share"] = self.table("tiles/valid_share")
         table["padded"] = self.table("tiles/padded")
-        return table
+        extracted = np.repeat([bool(record) for record in self.commits], self.attributes.tiles_per_shard)
+        return table[extracted[: len(table)]]
 
     def partitions(self) -> list[str]:
         """Names of the partitions held."""
         return sorted(file.parent.name for file in (self.path / "tiles/partitions").glob("*/zarr.json"))
 
     def split_counts(self) -> dict[str, int]:
-        """Tiles per split, skipped tiles apart."""
+        """Tiles per split; apart from them, those skipped and those not yet extracted."""
         usable = self.tiles[self.tiles.skip_reason == ""]
         counts = usable.split.value_counts()
-        skipped = len(self.tiles) - len(usable)
-        named = {name: int(counts[name]) for name in SPLITS if name in counts}
-        return named | ({"skipped": skipped} if skipped else {})
+        named = {name: int(counts.get(name, 0)) for name in SPLITS}
+        named["skipped"] = len(self.tiles) - len(usable)
+        named["not yet extracted"] = self.attributes.tiles - len(self.tiles)
+        return {name: count for name, count in named.items() if count}
+
+    def splits_text(self) -> str:
+        """The same in words: "12 train, 4 val"."""
+        return ", ".join(f"{count} {name}" for name, count in self.split_counts().items())
 
     def select(self, split: str | None = None) -> Indices:
         """Rows of the tiles that have features, of one split or of all.
@@ -142,7 +150,8 @@ class FeatureStore(ShardedStore):
         rows = np.flatnonzero(chosen)
         if not len(rows):
             raise StoreError(
-                f"{self.path}: no tile in split {split!r}; the store holds {self.split_counts()}"
+                f"{self.path}: no tile in split {split!r}; the store holds {self.splits_text()}; name one "
+                "that is held, or extract again from a source whose splits differ"
             )
         return rows
 

@@ -137,7 +137,14 @@ class ShardedStore:
             ) from error
 
     def _array(self, name: str) -> Any:
-        return self._root[name]
+        try:
+            return self._root[name]
+        except KeyError as error:
+            writer = self.attributes.software.get("satdifuser")
+            raise StoreError(
+                f"{self.path}: holds no array {name}; it was written by another satdifuser ({writer}): use "
+                "that one, or extract anew"
+            ) from error
 
 
 def _stretches(ascending: Indices, longest: int) -> Indices:

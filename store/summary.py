@@ -54,6 +54,10 @@ def format_store(store: FeatureStore) -> str:
     lines += ["", f"created    {facts['created']} by satdifuser {facts['software'].get('satdifuser')}"]
     lines += [f"{name:10} {value}" for name, value in facts["hashes"].items()]
     lines += [f"digest     {facts['content_digest'] or 'none: shards are missing'}"]
+    lines += [
+        f"metadata   {count} tiles without {name}"
+        for name, count in store.attributes.backbone.get("metadata_missing", {}).items()
+    ]
     lines += [f"left out   {facts['left_out']} tiles with too little valid data"] * bool(facts["left_out"])
     lines += [f"skipped    {name}: {reason}" for name, reason in facts["skipped"].items()]
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from satdifuser.errors import StoreError
 from satdifuser.store.encoding import Floats, tile_digests
 from satdifuser.store.files import DurableStore, remove_orphans, sync_folder
-from satdifuser.store.layout import SPLITS, create_arrays
+from satdifuser.store.layout import ROW_TEXT_FIELDS, SPLITS, create_arrays
 from satdifuser.store.metadata import is_store, seal
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import ATTRIBUTE_KEY, Attributes, differing_fields
@@ -41,6 +41,8 @@ class TileRow:
     path: str = ""
     crs: str = ""
     date: str = ""
+    file_state: str = ""  # sizes and times of change of its files; "" where it has none
+    image_digest: str = ""  # SHA-256 of the image as it was prepared; "" where it was skipped
     bounds: tuple[float, float, float, float] = NAN4
     transform: tuple[float, float, float, float, float, float] = NAN6
     valid_share: float = float("nan")
@@ -49,6 +51,11 @@ class TileRow:
     colour: Floats | None = None  # (statistic,)
     target: NDArray[np.generic] | None = None  # () int32 label or (H, W) uint8 mask
     preview: NDArray[np.uint8] | None = None  # (H, W, 3)
+
+    @property
+    def target_digest(self) -> str:
+        """SHA-256 of the target's bytes; "" where there is none."""
+        return "" if self.target is None else hashlib.sha256(self.target.tobytes()).hexdigest()
 
 
 def create_store(path: Path, attributes: Attributes) -> None:
@@ -184,7 +191,7 @@ class StoreWriter:
         self._array("tiles/digest")[here] = _texts(np.where(present, tile_digests(groups), ""))
 
     def _write_tiles(self, here: slice, rows: Sequence[TileRow]) -> None:
-        for name in ("tile_id", "path", "crs", "date", "skip_reason"):
+        for name in ROW_TEXT_FIELDS:
             self._array(f"tiles/{name}")[here] = _texts(getattr(row, name) for row in rows)
         for name in ("bounds", "transform", "valid_share", "padded"):
             self._array(f"tiles/{name}")[here] = np.array([getattr(row, name) for row in rows])
@@ -204,9 +211,6 @@ class StoreWriter:
             array = self._array(f"targets/{name}")
             blank = np.full(array.shape[1:], array.fill_value, array.dtype)
             array[here] = np.stack([blank if row.target is None else row.target for row in rows])
-        self._array("tiles/target_digest")[here] = _texts(
-            "" if row.target is None else hashlib.sha256(row.target.tobytes()).hexdigest() for row in rows
-        )
 
     def _commit(self, shard: int, record: Mapping[str, Any]) -> None:
         self._files.forget()

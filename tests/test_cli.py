@@ -143,7 +143,62 @@ def test_import_and_settings_load_no_torch(tmp_path: Path) -> None:
 def test_wrong_settings_exit_2() -> None:
     result = call("tiles", "--set", "source.tile=3")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: packaged pipeline.yaml: 1 setting is wrong\n  source.tile = 3: ")
+    assert result.stderr.startswith("error: --set source.tile=3: 1 setting is wrong\n  source.tile = 3: ")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("backbone.model=nowhere", "backbone.model: no folder nowhere; expected 'embedded', a diffusers fol"),
+        ("backbone.device=abacus", "backbone.device: 'abacus' is not available here: "),
+        ("extract.timesteps=[1000]", "extract.timesteps: got [1000], expected values from 0 to 999"),
+    ],
+)
+def test_settings_that_do_not_fit_the_machine_exit_2(
+    config: Path, tmp_path: Path, setting: str, message: str
+) -> None:
+    result = call("extract", "-c", config, "-o", tmp_path / "s.zarr", "--set", setting)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {message}")
+
+
+def test_a_folder_in_place_of_a_pipeline_file(tmp_path: Path) -> None:
+    result = call("run", tmp_path)
+    assert result.exit_code == 2
+    assert f"{tmp_path}: is a folder, expected a pipeline file (YAML); to extract the im" in result.stderr
+
+
+def output_refusals(config: Path, place: Path) -> list[str]:
+    """What the commands say, before any work, to outputs at or below a place that cannot hold them."""
+    calls = [
+        call("run", config, "-o", place / "out"),
+        call("extract", "-c", config, "-o", place / "s.zarr"),
+        call("fit", "nowhere.zarr", "-c", config, "-o", place / "runs"),
+        call("report", "nowhere", "-o", place / "r.html"),
+    ]
+    assert {(result.exit_code, result.stdout) for result in calls} == {(2, "")}
+    return [result.stderr for result in calls]
+
+
+def test_an_output_below_a_file_is_refused(config: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    names = ["output (-o)", "store.path (-o)", "output (-o)", "-o"]
+    for name, text in zip(names, output_refusals(config, file), strict=True):
+        assert text.startswith(f"error: {name}: cannot write in {file}")
+        assert text.endswith(f": {file} is not a folder; choose another path\n")
+
+
+def test_an_output_that_may_not_be_written_is_refused(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != (os.W_OK | os.X_OK) and access(path, mode))
+    for text in output_refusals(config, tmp_path / "new"):
+        assert text.endswith(
+            f": {tmp_path} is not writable; choose another path, or change its permissions\n"
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tiles(config: Path) -> None:
@@ -283,7 +338,10 @@ def test_interrupted_extraction_exits_130_and_goes_on(
         patch.setattr(StoreWriter, "write_shard", interrupt)
         result = call(*words)
     assert result.exit_code == 130
-    assert "error: interrupted; the same command goes on where this one stopped" in result.stderr
+    assert result.stderr.endswith(
+        "error: interrupted; the same command (without --overwrite) goes on where this one stopped; "
+        "2 of 5 shards are kept\n"
+    )
     assert open_store(tmp_path / "s.zarr").missing_shards() == [2, 3, 4]
     succeed(*words)
     assert digest(tmp_path / "s.zarr") == digest(store)
@@ -329,6 +387,7 @@ def test_fit_evaluate_report(config: Path, fitted: Path) -> None:
     page = config.parent / "page.html"
     assert succeed("report", fitted, "-o", page).strip() == str(page)
     assert "global" in page.read_text()
+    assert succeed("report", fitted.parent, "-o", page).strip() == str(page)
 
 
 def test_segmentation(config: Path, tmp_path: Path) -> None:
@@ -395,7 +454,9 @@ def test_interrupted_fit_resumes_to_the_same_weights(
     run = tmp_path / "global-seed0"
     with monkeypatch.context() as patch:
         patch.setattr(Training, "run_epoch", interrupt)
-        assert call(*words).exit_code == 130
+        result = call(*words)
+    assert result.exit_code == 130
+    assert result.stderr.endswith("(without --overwrite) goes on where this one stopped\n")
     assert {path.name for path in run.iterdir()} == {"checkpoint.pt"}
     assert "its training is unfinished" in call("evaluate", run).stderr
     epochs: list[int] = []

@@ -189,6 +189,27 @@ def test_a_run_that_was_measured_on_another_store_is_measured_again(
     assert open_run(run.path).metrics["test_reads"] == 3
 
 
+@pytest.mark.parametrize("damage", ["", "{", "[1]", "null"])
+def test_a_damaged_count_of_test_reads_is_told_before_test_is_read(
+    run: Run, store: FeatureStore, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = run.path / "metrics.json"
+    file.write_text(damage)
+    message = (
+        rf"{file}: is damaged: .+; delete it, which starts its count of test reads anew, and measure the run "
+        rf"again: `satdifuser evaluate {run.path}`, for a baseline `satdifuser fit`"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "predict", lambda *_: pytest.fail("the test split was read"))
+        with pytest.raises(RunError, match=message):
+            evaluate_run(run.path, None, QUICK)
+        with pytest.raises(RunError, match=message):
+            ensure_evaluated(run, store, QUICK)
+    assert file.read_text() == damage
+    file.unlink()
+    assert evaluate_run(run.path, None, QUICK)["test_reads"] == 1
+
+
 def test_fit_all_measures_again_what_other_settings_measured(store: FeatureStore, tmp_path: Path) -> None:
     def asking(**evaluate: Any) -> Pipeline:
         fit_section = FIT.model_dump() | {"fusion": ["global"]}

@@ -85,24 +85,74 @@ def test_a_file_holds_only_what_differs(tmp_path: Path) -> None:
 
 
 def test_all_errors_at_once_with_file_field_value_and_rule(tmp_path: Path) -> None:
-    file = write(tmp_path, "fit: {lr: -1, epochs: 0}\nsource: {tiles: many}\nextract: {noising: backward}\n")
-    text = refusal("evaluate.level=2", file=file)
-    assert text.splitlines()[0] == f"{file}: 5 settings are wrong"
-    for line in (
-        "  fit.lr = -1: expected greater than 0",
-        "  fit.epochs = 0: expected greater than 0",
-        "  source.tiles = 'many': expected a valid integer, unable to parse string as an integer",
+    file = write(tmp_path, "fit: {lr: -1, epochs: 0, top_k: 9}\nsource: {tiles: many}\n")
+    file.write_text(file.read_text() + "extract: {noising: backward, timesteps: []}\n")
+    lines = refusal(file=file).splitlines()
+    assert lines[0] == f"{file}: 6 settings are wrong"
+    assert sorted(lines[1:]) == [
         "  extract.noising = 'backward': expected 'forward' or 'inversion'",
-        "  evaluate.level = 2: expected less than 1",
-    ):
-        assert line in text.splitlines()
+        "  extract.timesteps = []: expected one or more timesteps of at least -1, each named once",
+        "  fit.epochs = 0: expected greater than 0",
+        "  fit.lr = -1: expected greater than 0",
+        "  fit.top_k = 9: top_k is 9, but must be 1 to 8, the number of experts",
+        "  source.tiles = 'many': expected a valid integer, unable to parse string as an integer",
+    ]
+
+
+def test_a_wrong_override_is_named_not_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "fit: {lr: -1, epochs: 0, patience: 0}\nsource: {split: {train: 0.8}}\n")
+    text = refusal("fit.lr=-2", "fit.lr=-3", "source.split.val=0.3", "evaluate={level: 2}", file=file)
+    blocks = [
+        "--set source.split.val=0.3: 1 setting is wrong\n"
+        "  source.split: train 0.8 + val 0.3 + test 0.2 must be 1, got 1.3",
+        "--set fit.lr=-3: 1 setting is wrong\n  fit.lr = -3: expected greater than 0",
+        f"{file}: 2 settings are wrong\n"
+        "  fit.epochs = 0: expected greater than 0\n"
+        "  fit.patience = 0: expected greater than 0",
+        "--set evaluate={level: 2}: 1 setting is wrong\n  evaluate.level = 2: expected less than 1",
+    ]
+    for block in blocks:
+        assert block in text
+    assert len(text) == sum(map(len, blocks)) + len(blocks) - 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("fit.top_k=9", "fit.top_k = 9: top_k is 9, but must be 1 to 8, the number of experts"),
+        ("fit.projection=90", "fit.projection = 90: projection is 90, but must be a multiple of 4, such as"),
+        (
+            "extract.timesteps=[1,1]",
+            "extract.timesteps = [1, 1]: expected one or more timesteps of at",
+        ),
+        ("extract.timesteps=[-1]", "extract.timesteps = [-1]: expected one or more timesteps of at least 0"),
+        ("source.split=5", "source.split = 5: expected a valid dictionary or instance of SplitShares"),
+        ("source.kind=foldr", "source.kind = 'foldr': expected one of 'folder', 'pairs', 'scenes', 'synth"),
+        ("source.kind=folder", "source.root: is missing, and has no default"),
+    ],
+)
+def test_a_wrong_setting_is_shown_alone(override: str, message: str) -> None:
+    assert refusal(override).startswith(f"--set {override}: 1 setting is wrong\n  {message}")
+
+
+def test_norm_groups_are_checked_against_the_projection() -> None:
+    text = refusal("fit.projection=96", "fit.norm_groups=7")
+    assert text.startswith(
+        "--set fit.norm_groups=7: 1 setting is wrong\n"
+        "  fit.norm_groups = 7: norm_groups is 7, but must divide the projection 96 and its quarter 24: "
+    )
+
+
+def test_inversion_may_start_at_the_clean_latent() -> None:
+    chosen = load_pipeline(None, ["extract.noising=inversion", "extract.timesteps=[-1, 21]"]).extract
+    assert chosen.timesteps == [-1, 21]
+    text = refusal("extract.noising=inversion", "extract.timesteps=[-2]")
+    assert "timesteps = [-2]: expected one or more timesteps of at least -1, each named once" in text
 
 
 def test_unknown_key_names_the_nearest() -> None:
     text = refusal("fit.epoch=3")
-    assert text.startswith(
-        "packaged pipeline.yaml: 1 setting is wrong\n  fit.epoch = 3: unknown setting; did"
-    )
+    assert text.startswith("--set fit.epoch=3: 1 setting is wrong\n  fit.epoch = 3: unknown setting; did")
     assert "did you mean epochs" in text
     assert refusal("fit.qqqqq=3").endswith("fit.qqqqq = 3: unknown setting")
 
@@ -115,7 +165,9 @@ def test_a_setting_of_another_kind_is_not_suggested_to_itself() -> None:
 
 def test_missing_field_and_broken_rules() -> None:
     assert refusal("source.kind=folder").endswith("source.root: is missing, and has no default")
-    assert "train + val + test must be 1, got 1.2" in refusal("source.split.train=0.8")
+    assert refusal("source.split.train=0.8").endswith(
+        "source.split: train 0.8 + val 0.2 + test 0.2 must be 1, got 1.2"
+    )
     assert "name each value once, got 0 twice or more" in refusal("fit.seeds=[0, 0]")
     assert "'folder', 'geobench', 'pairs', 'scenes', 'synthetic'" in refusal("source.kind=foldr")
 
@@ -158,7 +210,10 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere.yaml"
     assert refusal(file=nowhere) == f"{nowhere}: no such pipeline file"
     assert ": not a readable YAML file: " in refusal(file=write(tmp_path, "fit: [1"))
-    assert ": not a readable YAML file: " in refusal(file=tmp_path)
+    assert refusal(file=tmp_path) == (
+        f"{tmp_path}: is a folder, expected a pipeline file (YAML); to extract the images in a folder use "
+        f"`--set source.kind=folder --set source.root={tmp_path}`"
+    )
     assert refusal(file=write(tmp_path, "- fit")).endswith("got a list, expected sections such as 'source:'")
 
 

@@ -19,7 +19,7 @@ import pytest
 import xarray as xr
 
 import satdifuser
-from satdifuser.errors import BackboneError, RunError, SatDiFuserError, SettingsError, SourceError, StoreError
+from satdifuser.errors import RunError, SatDiFuserError, SettingsError, StoreError
 from satdifuser.fuse.run_folder import Run
 from satdifuser.pipeline import load_pipeline
 from satdifuser.store.reader import Batch, FeatureStore
@@ -167,7 +167,7 @@ def test_a_store_names_what_presets_and_autos_became(store: FeatureStore) -> Non
 
 def test_damaged_metrics_are_named(run: Run, tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("{")
-    with pytest.raises(RunError, match=r"metrics\.json: is damaged: .*; run `satdifuser evaluate "):
+    with pytest.raises(RunError, match=r"metrics\.json: is damaged: .*; delete it, which starts its count "):
         _ = dataclasses.replace(run, path=tmp_path).metrics
 
 
@@ -189,7 +189,7 @@ WRONG: list[tuple[Callable[[FeatureStore, Path], Any], type[SatDiFuserError], st
     (
         lambda s, p: satdifuser.extract({"kind": "foldr"}, "embedded", p / "o"),
         SettingsError,
-        r"satdifuser\.extract: 1 setting is wrong\n  source .*a kind of 'folder', .*did you mean 'folder'",
+        r"satdifuser\.extract: 1 setting is wrong\n  source\.kind = 'foldr': .*; did you mean 'folder'",
     ),
     (
         lambda s, p: satdifuser.extract(SOURCE, "embedded", p / "o", extract={"step": 3, "seed": -1}),
@@ -198,12 +198,12 @@ WRONG: list[tuple[Callable[[FeatureStore, Path], Any], type[SatDiFuserError], st
     ),
     (
         lambda s, p: satdifuser.extract({"kind": "folder", "root": p / "x"}, "embedded", p / "o"),
-        SourceError,
+        SettingsError,
         r"source\.root: .*x is missing or of another kind; expected a folder",
     ),
     (
         lambda s, p: satdifuser.extract(SOURCE, p / "x", p / "o"),
-        BackboneError,
+        SettingsError,
         r"backbone\.model: no folder .*x; expected 'embedded', a diffusers folder or a hub id",
     ),
     (

@@ -14,6 +14,7 @@ from made_up import run_record
 
 from satdifuser.errors import RunError
 from satdifuser.evaluate.results import format_table, results_table
+from satdifuser.fuse.run_folder import find_runs, open_run
 
 HASHES = {"feature": "f1", "contents": "c1", "labels": "l1"}
 
@@ -146,3 +147,33 @@ def test_incomplete_runs_are_named(tmp_path: Path) -> None:
     (run / "run.json").write_text(json.dumps({"name": "x"}))
     with pytest.raises(RunError, match=r"run.json has no kind, task, fusion, head"):
         results_table([run])
+
+
+def test_runs_are_found_in_a_folder_and_beside_it(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    held = sorted(runs)
+    assert find_runs([tmp_path]) == held
+    assert find_runs([runs[2]]) == [runs[2]]
+    other = fake_run(tmp_path / "notes/far/x", 0.5)
+    assert find_runs([other, tmp_path, runs[0]]) == [other, *held]
+
+
+def test_a_folder_without_runs_is_told_what_one_holds(tmp_path: Path) -> None:
+    for folder, hint in ((tmp_path, ""), (tmp_path / "begun", "; its training is unfinished")):
+        folder.mkdir(exist_ok=True)
+        message = (
+            rf"{folder}: not a run \(no run.json\){hint}; a run is a folder with settings.yaml, run.json and "
+            "metrics.json; make one with `satdifuser fit`"
+        )
+        (tmp_path / "begun").mkdir(exist_ok=True)
+        (tmp_path / "begun/checkpoint.pt").write_bytes(b"")
+        with pytest.raises(RunError, match=message):
+            find_runs([folder])
+    with pytest.raises(RunError, match="nowhere: no such run folder"):
+        find_runs([tmp_path / "nowhere"])
+
+
+def test_a_damaged_record_of_a_run_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(RunError, match=r"run\.json: is damaged: .*; fit again with --overwrite"):
+        open_run(tmp_path)

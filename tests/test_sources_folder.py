@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from satdifuser.errors import ImageError, SourceError
-from satdifuser.extract.settings import FolderSettings, SplitShares
+from satdifuser.errors import ImageError, SatDiFuserError, SettingsError, SourceError
+from satdifuser.extract.images import to_rgb
+from satdifuser.extract.settings import FolderSettings, ImageSettings, SplitShares
 from satdifuser.extract.sources import Source, list_tiles, open_source
 from satdifuser.extract.sources.files import parse_date
 from satdifuser.extract.sources.splits import draw_splits
@@ -186,9 +187,9 @@ def test_another_seed_draws_another_split(classes: Path) -> None:
     assert drawn[0] != drawn[1]
 
 
-def raised(root: Path, **settings: Any) -> str:
+def raised(root: Path, kind: type[SatDiFuserError] = SourceError, **settings: Any) -> str:
     """Return the message of listing and reading a folder."""
-    with pytest.raises(SourceError) as info:
+    with pytest.raises(kind) as info:
         read_all(root, **settings)
     return str(info.value)
 
@@ -200,9 +201,13 @@ def read_all(root: Path, **settings: Any) -> None:
 
 
 def test_errors_of_the_folder(tmp_path: Path) -> None:
-    assert "source.root: " in raised(tmp_path / "missing")
-    assert "expected a folder" in raised(tmp_path / "missing")
-    assert "source: no tiles" in raised(tmp_path)
+    message = raised(tmp_path / "missing", SettingsError)
+    assert f"source.root: {tmp_path / 'missing'} is missing or of another kind; expected a folder" in message
+    suffixes = "expected files that end in .jpg, .jpeg, .png, .tif, .tiff"
+    assert raised(tmp_path) == f"source.root: no images in {tmp_path} or below; {suffixes}"
+    (tmp_path / "images").mkdir()
+    assert f"no images in {tmp_path / 'images'} or below; {suffixes}" in raised(tmp_path)
+    (tmp_path / "images").rmdir()
     write_image(tmp_path / "wood" / "a.png")
     write_image(tmp_path / "stray.png")
     assert f"{tmp_path / 'stray.png'} lies beside class folders" in raised(tmp_path)
@@ -216,6 +221,14 @@ def test_error_duplicate_ids_names_both_files(classes: Path) -> None:
     assert "wood_0.png" in message
 
 
+def test_error_image_listed_twice_names_both_lines(classes: Path) -> None:
+    lines = ["path,label,split", *[f"wood/wood_{number}.png,wood,none" for number in (0, 1, 0)]]
+    (classes / "splits.csv").write_text("\n".join(lines))
+    message = raised(classes)
+    assert f"twice, in {classes / 'splits.csv'}, line 2 ({classes}/wood/wood_0.png) and " in message
+    assert f" and {classes / 'splits.csv'}, line 4 ({classes}/wood/wood_0.png); rename" in message
+
+
 def test_error_empty_split(classes: Path) -> None:
     shares = SplitShares(train=0.98, val=0.01, test=0.01)
     message = raised(classes, split=shares)
@@ -227,8 +240,17 @@ def test_error_empty_split(classes: Path) -> None:
 def test_error_label_outside_the_class_list(classes: Path) -> None:
     (classes / "classes.json").write_text('{"classes": ["field", "woods"]}')
     message = raised(classes)
-    assert "label 'wood' is not among the 2 classes of" in message
-    assert "did you mean woods?" in message
+    assert f"{classes}/wood/wood_0.png: label 'wood' is not among the 2 classes of" in message
+    assert "classes.json (field, woods); did you mean woods?" in message
+
+
+def test_error_unknown_label_names_the_line_and_the_first_classes(classes: Path) -> None:
+    table = classes / "splits.csv"
+    table.write_text("path,label,split\nwood/wood_0.png,c3,train\nwood/wood_1.png,c99,train\n")
+    (classes / "classes.json").write_text(json.dumps({"classes": [f"c{n}" for n in range(13)]}))
+    message = raised(classes)
+    assert f"{table}, line 3: label 'c99' is not among the 13 classes of {classes}/classes.json" in message
+    assert "(c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, …); did you mean c9" in message
 
 
 @pytest.mark.parametrize(
@@ -261,8 +283,10 @@ def test_errors_of_the_class_list(classes: Path, text: str, expected: str) -> No
         (
             "path,label,split",
             "missing.png,wood,train",
-            "missing.png: cannot be read as an image (no such file)",
+            "missing.png is not a file; correct its path, seen from the splits file's folder, or remove",
         ),
+        ("path,label,split", "missing.png,wood,train", "splits.csv, line 2, column 'path': "),
+        ("path,label,split", "", "splits.csv: no line below the header; list the images"),
         ("path,label,split", "../out.png,wood,train", "lies outside source.root"),
     ],
 )
@@ -273,7 +297,29 @@ def test_errors_of_the_splits_file(classes: Path, header: str, line: str, expect
 
 
 def test_error_missing_splits_file(classes: Path) -> None:
-    assert "source.splits: nowhere.csv is not a file" in raised(classes, splits=Path("nowhere.csv"))
+    message = raised(classes, SettingsError, splits=Path("nowhere.csv"))
+    assert "source.splits: nowhere.csv is not a file" in message
+
+
+def test_a_listed_image_that_is_missing_is_skipped_with_its_line(classes: Path) -> None:
+    lines = ["wood/wood_0.png,wood,none", "wood/gone.png,wood,none"]
+    (classes / "splits.csv").write_text("\n".join(["path,label,split", *lines]))
+    source = open_folder(classes, on_error="skip")
+    assert unreadable(source) == ["wood/gone"]
+    with pytest.raises(ImageError, match=r"splits\.csv, line 3, column 'path': .*gone\.png is not a file"):
+        source.read(list_tiles(source)[1])
+
+
+@pytest.mark.parametrize(("bands", "name"), [(4, "R, G, B, A"), (2, "L, A"), (1, "L")])
+def test_error_image_of_another_band_count(classes: Path, bands: int, name: str) -> None:
+    path = classes / "field" / "odd.png"
+    Image.new({4: "RGBA", 2: "LA", 1: "L"}[bands], (8, 8), 5).save(path)
+    source = open_folder(classes)
+    [record] = [record for record in list_tiles(source) if record.path == str(path)]
+    with pytest.raises(ImageError) as info:
+        to_rgb(source.read(record), ImageSettings())
+    held = f"{path}, tile field/odd: it has {bands} bands ({name}), expected 3"
+    assert f"{held}; convert it to RGB, or name red, green and blue with source.bands" in str(info.value)
 
 
 @pytest.mark.parametrize(
@@ -317,13 +363,27 @@ def test_unreadable_and_truncated_images_are_named_or_skipped(classes: Path, suf
     truncated.write_bytes(b"nothing like an image")
     message = raised(classes)
     assert f"{truncated}: cannot be read as an image (" in message
-    assert "source.on_error: skip" in message
+    assert message.endswith("; replace or remove it; source.on_error: skip leaves such tiles out")
     assert unreadable(open_folder(classes, on_error="skip")) == ["field/cut"]
 
 
-def test_a_folder_without_one_readable_image_fails_also_when_skipping(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"")
-    assert "a.png: cannot be read as an image" in raised(tmp_path, on_error="skip")
+def test_skipped_images_are_not_advised_to_be_skipped(classes: Path) -> None:
+    path = classes / "field" / "field_0.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    assert raised(classes).endswith("source.on_error: skip leaves such tiles out")
+    source = open_folder(classes, on_error="skip")
+    with pytest.raises(ImageError, match=r"; replace or remove it$"):
+        source.read(list_tiles(source)[0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"tile_size": 8}])
+def test_error_no_image_can_be_read(tmp_path: Path, settings: dict[str, Any]) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    message = raised(tmp_path, on_error="skip", **settings)
+    first = f"{tmp_path / 'a.png'}: cannot be read as an image ("
+    assert message.startswith(f"source: none of the 3 images can be read; the first: {first}")
+    assert "on_error" not in message
 
 
 def test_real_eurosat(shared: Path) -> None:

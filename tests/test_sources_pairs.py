@@ -13,7 +13,7 @@ import rasterio
 from affine import Affine
 from PIL import Image
 
-from satdifuser.errors import ImageError, SourceError
+from satdifuser.errors import ImageError, SatDiFuserError, SettingsError, SourceError
 from satdifuser.extract.settings import PairsSettings
 from satdifuser.extract.sources import Source, list_tiles, open_source
 from satdifuser.extract.sources.classes import IGNORE
@@ -135,7 +135,7 @@ def test_geotiff_tiles_are_placed_and_nodata_is_ignored(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tile.mask, np.where(tile.valid, 1, IGNORE))
 
 
-def raised(root: Path, kind: type[SourceError] = SourceError, **settings: Any) -> str:
+def raised(root: Path, kind: type[SatDiFuserError] = SourceError, **settings: Any) -> str:
     """Return the message of listing and reading pairs."""
     with pytest.raises(kind) as info:
         read_all(root, **settings)
@@ -194,7 +194,14 @@ def test_error_missing_and_damaged_files(pairs: Path, name: str) -> None:
     assert f"{name}: cannot be read as an image (" in raised(pairs, ImageError)
     assert unreadable(open_pairs(pairs, on_error="skip")) == ["c/0_0"]
     (pairs / name).unlink()
-    assert f"{name}: cannot be read as an image (no such file)" in raised(pairs, ImageError)
+    expected = f"splits.csv, line 4, column '{name[:-7]}': {pairs / name} is not a file; correct its path"
+    assert expected in raised(pairs, ImageError)
+    source = open_pairs(pairs, on_error="skip")
+    assert unreadable(source) == ["c/0_0"]
+    with pytest.raises(ImageError) as info:
+        source.read(list_tiles(source)[-1])
+    assert expected in str(info.value)
+    assert "on_error" not in str(info.value)
 
 
 @pytest.mark.parametrize(
@@ -220,15 +227,20 @@ def test_errors_of_windows(pairs: Path, line: str, expected: str) -> None:
 
 def test_error_windows_listed_twice(pairs: Path) -> None:
     write_windows(pairs, *["images/a.png,masks/a.png,0,0,8,8,none"] * 2)
-    assert "tile id 'a/0_0' appears twice" in raised(pairs)
+    message = raised(pairs)
+    assert f"tile id 'a/0_0' appears twice, in {pairs}/splits.csv, line 2 ({pairs}/images/a.png)" in message
+    assert f" and {pairs}/splits.csv, line 3 ({pairs}/images/a.png); rename one, or list it once" in message
 
 
 def test_errors_of_missing_tables(pairs: Path) -> None:
-    assert "nowhere.csv is not a file" in raised(pairs, splits=Path("nowhere.csv"))
+    nowhere = Path("nowhere")
+    assert "source.splits: nowhere is not a file" in raised(pairs, SettingsError, splits=nowhere)
+    assert "nowhere: no such class list; name one" in raised(pairs, SettingsError, classes=nowhere)
     (pairs / "splits.csv").unlink()
-    assert "has no splits.csv; name a CSV file with the columns image, mask, split" in raised(pairs)
+    message = raised(pairs, SettingsError)
+    assert "has no splits.csv; name a CSV file with the columns image, mask, split" in message
     (pairs / "classes.json").unlink()
-    assert "classes.json: no such class list; name one in source.classes" in raised(pairs)
+    assert "classes.json: no such class list; name one in source.classes" in raised(pairs, SettingsError)
 
 
 def test_error_empty_split_and_nothing_valid(pairs: Path) -> None:

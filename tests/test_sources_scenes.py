@@ -21,6 +21,8 @@ from satdifuser.extract.settings import ScenesSettings, SplitShares
 from satdifuser.extract.sources import Source, list_tiles, open_source
 from satdifuser.extract.sources.classes import IGNORE
 from satdifuser.extract.sources.grid import offsets, windows
+from satdifuser.extract.sources.labels import check_overlap
+from satdifuser.extract.sources.tile import Georeference
 
 LEFT, TOP = 500000, 5000000
 ALL_TRAIN = SplitShares(train=1, val=0, test=0)
@@ -185,13 +187,69 @@ def test_labels_in_another_crs_fall_on_the_right_pixels(labelled: Path) -> None:
     assert (east == 1).all()
 
 
-def test_labels_far_away_leave_everything_ignored(labelled: Path) -> None:
-    far = Affine(10, 0, LEFT + 1e6, 0, -10, -TOP)
+def test_error_labels_that_miss_their_scene(labelled: Path) -> None:
+    far = Affine(10, 0, LEFT + 1e6, 0, -10, TOP)
     write_raster(labelled / "labels.tif", np.ones((1, 8, 8), np.uint8), crs="EPSG:32633", transform=far)
-    source = open_labelled(labelled, labels=labelled / "labels.tif")
-    mask = source.read(list_tiles(source)[0]).mask
-    assert mask is not None
-    assert (mask == IGNORE).all()
+    with pytest.raises(SourceError) as info:
+        list_tiles(open_labelled(labelled, labels=labelled / "labels.tif"))
+    scene, message = labelled / "scenes" / "a.tif", str(info.value)
+    assert message.startswith(
+        f"{labelled / 'labels.tif'}: label raster does not overlap its scene {scene}: "
+        "in the scene's EPSG:32632 it lies at (1977353.2, 5093166.4, 1977440.3, 5093253.5), the scene"
+    )
+    assert "the scene at (500000, 4999840, 500160, 5000000) (left, bottom, right, top); in its" in message
+    assert "own EPSG:32633 the raster lies at (1500000, 4999920, 1500080, 5000000); name the" in message
+
+
+def place(crs: str, left: float, top: float, pixel: float, side: int) -> tuple[Georeference, tuple[int, int]]:
+    """Return the place of a square raster, and its size."""
+    return Georeference(crs, (pixel, 0, left, 0, -pixel, top)), (side, side)
+
+
+WORLD = place("EPSG:4326", -180, 180, 1, 360)
+WORLD_FROM_GREENWICH = place("EPSG:4326", 0, 180, 1, 360)
+ITALY = place("EPSG:32632", LEFT, TOP, 10, 16)
+BERING_SEA = place("EPSG:32601", 180000, TOP, 10000, 16)  # 179 degrees east to 178 west
+
+
+@pytest.mark.parametrize(
+    ("scene", "labels", "overlap"),
+    [
+        (ITALY, ITALY, True),
+        (ITALY, place("EPSG:32632", LEFT + 150, TOP - 150, 10, 16), True),  # by one pixel
+        (ITALY, place("EPSG:32632", LEFT + 160, TOP, 10, 16), False),  # neighbours
+        (ITALY, place("EPSG:32632", LEFT, TOP + 160, 10, 16), False),
+        (ITALY, WORLD, True),
+        (WORLD, place("EPSG:32632", 300000, TOP, 10, 16), True),
+        (WORLD, place("EPSG:3857", -2e7, 2e7, 1e5, 400), True),
+        (BERING_SEA, place("EPSG:4326", -179, 50, 1, 16), True),
+        (BERING_SEA, place("EPSG:4326", 170, 50, 1, 16), True),
+        (BERING_SEA, ITALY, False),
+        (place("EPSG:32610", 300000, TOP, 10, 16), WORLD_FROM_GREENWICH, True),
+        (place("EPSG:32610", LEFT, TOP, 10, 16), ITALY, False),
+        (ITALY, place("EPSG:32633", 1e12, 1e12, 10, 16), False),  # beyond the projection
+    ],
+)
+def test_labels_must_overlap_their_scene(tmp_path: Path, scene: Any, labels: Any, overlap: bool) -> None:
+    grid, size = labels
+    write_raster(
+        tmp_path / "l.tif", np.ones((1, *size), np.uint8), crs=grid.crs, transform=Affine(*grid.transform)
+    )
+    if overlap:
+        check_overlap(tmp_path / "l.tif", Path("scene.tif"), *scene)
+    else:
+        with pytest.raises(SourceError, match="does not overlap its scene"):
+            check_overlap(tmp_path / "l.tif", Path("scene.tif"), *scene)
+
+
+def test_damaged_labels_are_named_or_skipped_when_read(labelled: Path) -> None:
+    (labelled / "labels" / "a.tif").write_bytes(b"nothing like a raster")
+    message = raised(ImageError, open_labelled, labelled)
+    assert "labels/a.tif: cannot be read as an image (" in message
+    assert message.endswith("source.on_error: skip leaves such tiles out")
+    source = open_labelled(labelled, on_error="skip")
+    with pytest.raises(ImageError, match=r"labels/a\.tif: .*replace or remove it$"):
+        source.read(list_tiles(source)[0])
 
 
 def raised(kind: type[SatDiFuserError], opener: Callable[..., Source], root: Path, **settings: Any) -> str:
@@ -212,7 +270,12 @@ def test_errors_of_settings(labelled: Path) -> None:
     assert "source.overlap: 8 px, expected less than source.tile_size (8 px)" in message
     message = raised(SettingsError, open_labelled, labelled, classes=None)
     assert "source.classes: missing, but source.labels is" in message
-    assert "expected a GeoTIFF or a folder of them" in raised(SourceError, open_scenes, labelled / "missing")
+    message = raised(SettingsError, open_scenes, labelled / "missing")
+    assert "is missing or of another kind; expected a GeoTIFF or a folder of them" in message
+    message = raised(SettingsError, open_labelled, labelled, classes=Path("nowhere"))
+    assert "nowhere: no such class list; name one in source.classes" in message
+    message = raised(SettingsError, open_labelled, labelled, labels=Path("nowhere"))
+    assert "source.labels: nowhere is missing; expected a label raster or a folder of them" in message
 
 
 def test_errors_of_labels(labelled: Path) -> None:
@@ -258,6 +321,11 @@ def test_damaged_scenes_are_named_or_skipped(tmp_path: Path) -> None:
     assert source.read(good).valid.all()
     with pytest.raises(ImageError, match=r"b\.tif"):
         source.read(bad)
+
+
+def test_error_no_scenes(tmp_path: Path) -> None:
+    message = raised(SourceError, open_scenes, tmp_path)
+    assert message == f"source.root: no scenes in {tmp_path}; expected files that end in .tif, .tiff"
 
 
 def test_error_no_tiles_and_empty_split(labelled: Path) -> None:

@@ -219,7 +219,7 @@ def test_batches_shuffle_by_seed_and_cover_each_tile_once(whole: FeatureStore) -
 def test_unknown_names_are_refused(whole: FeatureStore) -> None:
     with pytest.raises(SettingsError, match="split: got 'trian', expected one of none, train, val, test"):
         next(whole.batches("trian"))
-    with pytest.raises(StoreError, match=r"no tile in split 'test'; the store holds {'train': 3, 'val': 1"):
+    with pytest.raises(StoreError, match="no tile in split 'test'; the store holds 3 train, 1 val, 1 "):
         whole.select("test")
     with pytest.raises(SettingsError, match=r"layer 'up.1.atn1' is not in .*; did you mean up.1.attn1"):
         whole.pooled(1, "up.1.atn1")
@@ -237,8 +237,16 @@ def test_the_summary_tells_all(whole: FeatureStore, partial: FeatureStore) -> No
     assert "up.3.attn1" in text
     assert "INCOMPLETE" not in text
     assert describe_store(partial)["missing_shards"] == [1, 2]
+    assert describe_store(partial)["splits"] == {"train": 2, "not yet extracted": 3}
+    assert "5 of 16 x 16 px (2 train, 3 not yet extracted)" in format_store(partial)
     assert "INCOMPLETE: 2 of 3 shards are missing (3 tiles; shards 1, 2)" in format_store(partial)
     assert "none: shards are missing" in format_store(partial)
+
+
+def test_tiles_that_are_not_yet_extracted_are_not_listed(tmp_path: Path) -> None:
+    store = build(tmp_path / "s.zarr", shards=[1, 2])
+    assert store.tiles.tile_id.to_dict() == {2: "t2", 3: "t3", 4: "t4"}  # by their rows in the arrays
+    assert store.split_counts() == {"train": 1, "val": 1, "skipped": 1, "not yet extracted": 2}
 
 
 def test_labels_hash_follows_labels_only(whole: FeatureStore, tmp_path: Path) -> None:

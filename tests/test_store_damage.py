@@ -288,6 +288,12 @@ def test_damaged_tables_are_refused(copy: Path) -> None:
             read(open_store(copy))
 
 
+def test_an_array_of_another_version_is_not_there(whole: Path) -> None:
+    message = r"holds no array tiles/weather; it was written by another satdifuser \(0\): use that one, or"
+    with pytest.raises(StoreError, match=message):
+        FeatureStore(whole).table("tiles/weather")
+
+
 def test_a_damaged_commit_record_is_told(copy: Path) -> None:
     flip(copy / "commits/c/1", 5)
     with pytest.raises(
@@ -348,7 +354,7 @@ def test_rows_of_missing_shards_are_refused_and_others_read(tmp_path: Path) -> N
     fresh = open_store(store.path)
     for attempt in (lambda: fresh.colour(np.array([0])), lambda: fresh.tiles):
         with pytest.raises(
-            StoreError, match=r"shard 0: tiles/colour/c/0/0 is missing \(1 of its 19 files\); delete"
+            StoreError, match=r"shard 0: tiles/colour/c/0/0 is missing \(1 of its 21 files\); delete"
         ):
             attempt()
 

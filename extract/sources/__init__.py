@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from satdifuser.errors import SourceError
+from satdifuser.errors import SettingsError
 from satdifuser.extract.settings import (
     FolderSettings,
     GeobenchSettings,
@@ -26,8 +26,8 @@ def open_source(settings: SourceSettings) -> Source:
     """Open the source that the settings describe.
 
     Raises:
-        SettingsError: settings contradict each other.
-        SourceError: the root, the splits file or the class list is missing or wrong.
+        SettingsError: settings contradict each other, or root, splits file or class list are missing.
+        SourceError: there are no images, or splits file, class list and folders are wrong.
     """
     if isinstance(settings, SyntheticSettings):
         return SyntheticSource(settings)
@@ -44,11 +44,11 @@ def open_source(settings: SourceSettings) -> Source:
 
 
 def check_root(settings: FolderSettings | PairsSettings | ScenesSettings) -> None:
-    """Raise SourceError unless the root is there: a folder, or for scenes a file."""
+    """Raise SettingsError unless the root is there: a folder, or for scenes a file."""
     if settings.root.is_dir() or (settings.kind == "scenes" and settings.root.is_file()):
         return
     expected = "a GeoTIFF or a folder of them" if settings.kind == "scenes" else "a folder"
-    raise SourceError(
+    raise SettingsError(
         f"source.root: {settings.root} is missing or of another kind; expected {expected}, "
         "its path seen from the working folder"
     )
@@ -61,7 +61,9 @@ def list_tiles(source: Source) -> list[TileRecord]:
         Records in the source's stable order.
 
     Raises:
-        SourceError: there are no tiles, two share an id, or a split that was asked for is empty.
+        SettingsError: the label raster is missing.
+        SourceError: there are no tiles, two share an id, a split that was asked for is empty, a scene or its
+            label raster is not placed, or they do not overlap.
         ImageError: an image cannot be opened or does not fit, unless such tiles are skipped.
     """
     records = list(source.records())

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from satdifuser.errors import ImageError, SourceError, suggest
+from satdifuser.errors import ImageError, SettingsError, SourceError, suggest
 
 IGNORE = 255  # value of `Tile.mask` that counts for nothing, whatever the files use
 MAX_CLASSES = IGNORE
+MAX_NAMED = 12  # class names in a message
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,17 @@ class ClassList:
                 "set ignore_index to a value no class uses"
             )
 
-    def index(self, name: str, path: Path) -> int:
+    def index(self, name: str, where: str) -> int:
         """Return the index of a class name.
 
         Raises:
-            SourceError: the name, found at ``path``, is not in the list.
+            SourceError: the name, found at ``where``, is not in the list.
         """
         if name not in self.names:
+            allowed = ", ".join(self.names[:MAX_NAMED]) + (", …" if len(self.names) > MAX_NAMED else "")
             raise SourceError(
-                f"{path}: label {name!r} is not among the {len(self.names)} classes of {self.origin}"
-                f"{suggest(name, self.names)}; correct the label or add the class"
+                f"{where}: label {name!r} is not among the {len(self.names)} classes of {self.origin} "
+                f"({allowed}){suggest(name, self.names)}; correct the label or add the class"
             )
         return self.names.index(name)
 
@@ -78,10 +80,11 @@ def read_classes(path: Path) -> ClassList:
     """Read a class list: {"classes": [names] or [{"id", "name"}], "ignore_index": value}.
 
     Raises:
-        SourceError: the file is missing or of another form.
+        SettingsError: the file is missing.
+        SourceError: it is of another form.
     """
     if not path.is_file():
-        raise SourceError(f"{path}: no such class list; name one in source.classes")
+        raise SettingsError(f"{path}: no such class list; name one in source.classes")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content["classes"], list):

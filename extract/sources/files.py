@@ -25,6 +25,7 @@ from rasterio.enums import MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from satdifuser.errors import ImageError
+from satdifuser.extract.settings import ImageSettings
 from satdifuser.extract.sources.grid import Window
 from satdifuser.extract.sources.tile import Georeference
 
@@ -53,10 +54,18 @@ def reading(path: Path) -> Iterator[None]:
             raise FileNotFoundError("no such file")
         yield
     except (OSError, SyntaxError, ValueError, RasterioError, Image.DecompressionBombError) as error:
-        raise ImageError(
-            f"{path}: cannot be read as an image ({error}); "
-            "replace or remove it, or leave such tiles out with source.on_error: skip"
-        ) from error
+        raise ImageError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+
+
+@contextmanager
+def offering_skip(settings: ImageSettings) -> Iterator[None]:
+    """Let the ImageError of one tile say how to go on without it, unless such tiles are left out already."""
+    try:
+        yield
+    except ImageError as error:
+        if settings.on_error == "skip":
+            raise
+        raise ImageError(f"{error}; source.on_error: skip leaves such tiles out") from error
 
 
 def is_tiff(path: Path) -> bool:

@@ -12,9 +12,10 @@ from pathlib import Path
 from satdifuser.errors import ImageError, SourceError
 from satdifuser.extract.settings import FolderSettings
 from satdifuser.extract.sources.classes import IGNORE, ClassList, named, read_classes
-from satdifuser.extract.sources.files import SUFFIXES, Header, read_header, read_pixels
+from satdifuser.extract.sources.files import SUFFIXES, Header, offering_skip, read_header, read_pixels
 from satdifuser.extract.sources.grid import pad_edge, pad_with, parse_size
 from satdifuser.extract.sources.splits import (
+    check_listed,
     draw_splits,
     find_splits_file,
     make_id,
@@ -32,20 +33,24 @@ class Entry:
     path: Path
     label: str
     split: Split
+    listed: str = ""  # line of the splits file, for messages
 
 
 class FolderSource:
     """Images in one folder per class.
 
     Raises:
-        SourceError: splits file, class list and folders contradict each other.
+        SettingsError: the splits file is missing.
+        SourceError: there are no images, or splits file, class list and folders contradict each other.
     """
 
     def __init__(self, settings: FolderSettings) -> None:
         self.settings = settings
         self.entries, self.splits = list_entries(settings)
         class_list = list_classes(settings.root, self.entries)
-        self.indices = {e.label: class_list.index(e.label, e.path) for e in self.entries if e.label}
+        self.indices = {
+            e.label: class_list.index(e.label, e.listed or str(e.path)) for e in self.entries if e.label
+        }
         self.classes = class_list.names if self.indices else ()
         self.task: Task | None = "classification" if self.indices else None
         self.ignore_value = IGNORE
@@ -57,42 +62,48 @@ class FolderSource:
         Raises:
             ImageError: an image cannot be opened or has another size than a tile (with ``on_error: skip``
                 it stays listed, so that it is counted and named when it is read).
+            SourceError: none of the images can be opened.
         """
-        if not self.entries:
-            return []
-        headers = [self.header(entry.path) for entry in self.entries]
-        size = self.tile_size(headers)
-        return [self.record(entry, header, size) for entry, header in zip(self.entries, headers, strict=True)]
+        with offering_skip(self.settings):
+            headers = [self.header(entry) for entry in self.entries]
+            size = self.tile_size(headers)
+            found = zip(self.entries, headers, strict=True)
+            return [self.record(entry, header, size) for entry, header in found]
 
-    def header(self, path: Path) -> Header | None:
-        """Read a header; None where it is unreadable and such tiles are skipped."""
+    def header(self, entry: Entry) -> Header | ImageError:
+        """Read a header, or return what is wrong with an image that is to be skipped."""
         try:
-            return read_header(path)
-        except ImageError:
+            check_listed(entry.listed, path=str(entry.path))
+            return read_header(entry.path)
+        except ImageError as error:
             if self.settings.on_error == "fail":
                 raise
-            return None
+            return error
 
-    def tile_size(self, headers: list[Header | None]) -> tuple[int, int]:
+    def tile_size(self, headers: list[Header | ImageError]) -> tuple[int, int]:
         """Return (H, W) px of all tiles: the setting, or the size of the first readable image."""
-        if self.settings.tile_size:
-            return parse_size(self.settings.tile_size)
-        sizes = [header.size for header in headers if header]
-        return sizes[0] if sizes else read_header(self.entries[0].path).size  # the latter says what is wrong
+        sizes = [header.size for header in headers if isinstance(header, Header)]
+        if not sizes:
+            raise SourceError(
+                f"source: none of the {len(headers)} images can be read; the first: {headers[0]}"
+            )
+        return parse_size(self.settings.tile_size) if self.settings.tile_size else sizes[0]
 
-    def record(self, entry: Entry, header: Header | None, size: tuple[int, int]) -> TileRecord:
-        """Describe the tile of one image."""
-        if header and self.settings.on_error == "fail":
+    def record(self, entry: Entry, found: Header | ImageError, size: tuple[int, int]) -> TileRecord:
+        """Describe the tile of one image, as if it fitted where it is to be skipped."""
+        header = found if isinstance(found, Header) else Header(size, ())
+        if self.settings.on_error == "fail":
             self.check_size(entry.path, header.size, size)
-        height, width = header.size if header else size
+        height, width = header.size
         return TileRecord(
             tile_id=make_id(entry.path, self.settings.root),
             path=str(entry.path),
             split=entry.split,
             size=size,
             label=self.indices.get(entry.label),
-            georeference=header.georeference if header else None,
-            date=header.date if header else "",
+            listed=entry.listed,
+            georeference=header.georeference,
+            date=header.date,
             valid_share=min(height * width / (size[0] * size[1]), 1.0),
             padded=(height, width) != size,
         )
@@ -120,8 +131,10 @@ class FolderSource:
             ImageError: the image cannot be read or has another size than the tile.
         """
         path = Path(record.path)
-        image, valid = read_pixels(path)
-        self.check_size(path, valid.shape, record.size)
+        with offering_skip(self.settings):
+            check_listed(record.listed, path=record.path)
+            image, valid = read_pixels(path)
+            self.check_size(path, valid.shape, record.size)
         return Tile(
             record=record,
             image=pad_edge(image, record.size),
@@ -135,7 +148,7 @@ def list_entries(settings: FolderSettings) -> tuple[list[Entry], tuple[Split, ..
     splits_file = find_splits_file(settings)
     if splits_file:
         rows = read_rows(splits_file, ["path", "label"], settings.split_column)
-        entries = [Entry(row.path("path"), row.values["label"], row.split) for row in rows]
+        entries = [Entry(row.path("path"), row.values["label"], row.split, row.where) for row in rows]
         return entries, splits_of_rows(rows)
     found = list_images(settings.root)
     if not any(found.values()):
@@ -151,7 +164,7 @@ def list_images(root: Path) -> dict[Path, str]:
     """Return all images below ``root/images``, or else ``root``, by path, with the class folder's name.
 
     Raises:
-        SourceError: images lie both in class folders and beside them.
+        SourceError: there are none, or they lie both in class folders and beside them.
     """
     base = root / "images" if (root / "images").is_dir() else root
     relative = sorted(
@@ -160,6 +173,10 @@ def list_images(root: Path) -> dict[Path, str]:
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     )
     found = {base / name: name.split("/")[0] if "/" in name else "" for name in relative}
+    if not found:
+        raise SourceError(
+            f"source.root: no images in {base} or below; expected files that end in {', '.join(SUFFIXES)}"
+        )
     stray = [path for path, label in found.items() if not label]
     if stray and len(stray) < len(found):
         raise SourceError(

@@ -7,23 +7,34 @@ from pathlib import Path
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
-from rasterio.warp import Resampling, reproject
+from rasterio.crs import CRS
+from rasterio.warp import Resampling, reproject, transform_bounds
 
-from satdifuser.errors import SourceError
+from satdifuser.errors import ImageError, SettingsError, SourceError
 from satdifuser.extract.sources.classes import ClassList
 from satdifuser.extract.sources.files import TIFF_SUFFIXES, georeference_of, open_raster
 from satdifuser.extract.sources.tile import Georeference
 
 OUTSIDE = -(2**31)  # marks pixels the label raster does not cover; no class has this id
 
+Bounds = tuple[float, float, float, float]  # (left, bottom, right, top) in units of a CRS
+
 
 def find_labels(labels: Path, scene: Path) -> Path:
     """Return the label raster of a scene: ``labels`` itself, or the file of the scene's stem in that folder.
 
     Raises:
-        SourceError: there is none.
+        SettingsError: there is no such file or folder.
+        SourceError: the folder has none for this scene.
     """
-    choices = [labels] if not labels.is_dir() else [labels / f"{scene.stem}{end}" for end in TIFF_SUFFIXES]
+    if labels.is_file():
+        return labels
+    if not labels.is_dir():
+        raise SettingsError(
+            f"source.labels: {labels} is missing; expected a label raster or a folder of them, "
+            "its path seen from the working folder"
+        )
+    choices = [labels / f"{scene.stem}{end}" for end in TIFF_SUFFIXES]
     for path in choices:
         if path.is_file():
             return path
@@ -31,6 +42,55 @@ def find_labels(labels: Path, scene: Path) -> Path:
         f"source.labels: no label raster for {scene}; expected {' or '.join(map(str, choices))}, "
         "or remove source.labels"
     )
+
+
+def check_overlap(path: Path, scene: Path, grid: Georeference, size: tuple[int, int]) -> None:
+    """Check that a label raster lies on its scene, at least in part; if unreadable, reading a tile says so.
+
+    Args:
+        path: The label raster.
+        scene: The scene, for the message.
+        grid: CRS and transform of the scene.
+        size: (H, W) px of the scene.
+
+    Raises:
+        SourceError: the raster has no CRS or transform, or lies elsewhere.
+    """
+    try:
+        with open_raster(path) as dataset:
+            place, shape = georeference_of(dataset), dataset.shape
+    except ImageError:
+        return
+    if place is None:
+        raise SourceError(
+            f"{path}: label raster has no CRS or transform; georeference it to place its labels"
+        )
+    seen, wanted = place.bounds(*shape), grid.bounds(*size)
+    # The smaller of the two keeps its shape in the other's CRS; a world map would not.
+    if not (meet(wanted, grid.crs, seen, place.crs) or meet(seen, place.crs, wanted, grid.crs)):
+        raise SourceError(
+            f"{path}: label raster does not overlap its scene {scene}: in the scene's {grid.crs} it lies at "
+            f"{show(transform_bounds(place.crs, grid.crs, *seen))}, the scene at {show(wanted)} (left, "
+            f"bottom, right, top); in its own {place.crs} the raster lies at {show(seen)}; name the labels "
+            "of this scene in source.labels, or correct the raster's CRS and transform"
+        )
+
+
+def meet(first: Bounds, first_crs: str, second: Bounds, second_crs: str) -> bool:
+    """Tell whether bounds, taken to the CRS of others, share an area with them."""
+    left, bottom, right, top = transform_bounds(first_crs, second_crs, *first)
+    turn = 360 if CRS.from_user_input(second_crs).is_geographic else 0
+    right += turn if right < left else 0  # across the antimeridian
+    return (
+        bottom < second[3]
+        and second[1] < top
+        and any(left + shift < second[2] and second[0] < right + shift for shift in (-turn, 0, turn))
+    )
+
+
+def show(bounds: Bounds) -> str:
+    """Write bounds for a message."""
+    return f"({', '.join(f'{value:.8g}' for value in bounds)})"
 
 
 def warp_labels(
@@ -48,25 +108,18 @@ def warp_labels(
         (H, W) class indices, `IGNORE` where the raster has no label.
 
     Raises:
-        SourceError: the raster has no CRS or transform.
-        ImageError: it cannot be read, or holds unknown values.
+        ImageError: the raster cannot be read, or holds unknown values.
     """
     warped = np.full(size, OUTSIDE, np.int32)
     with open_raster(path) as dataset:
-        placed = georeference_of(dataset) is not None
-        if placed:
-            reproject(
-                rasterio.band(dataset, 1),
-                warped,
-                src_nodata=dataset.nodata,
-                dst_nodata=OUTSIDE,
-                dst_crs=grid.crs,
-                dst_transform=rasterio.Affine(*grid.transform),
-                resampling=Resampling.nearest,
-            )
-    if not placed:
-        raise SourceError(
-            f"{path}: label raster has no CRS or transform; georeference it to place its labels"
+        reproject(
+            rasterio.band(dataset, 1),
+            warped,
+            src_nodata=dataset.nodata,
+            dst_nodata=OUTSIDE,
+            dst_crs=grid.crs,
+            dst_transform=rasterio.Affine(*grid.transform),
+            resampling=Resampling.nearest,
         )
     warped[warped == OUTSIDE] = class_list.ignore_id
     return class_list.indices(warped, path)

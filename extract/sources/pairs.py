@@ -12,13 +12,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from satdifuser.errors import ImageError, SourceError
+from satdifuser.errors import ImageError, SettingsError, SourceError
 from satdifuser.extract.settings import PairsSettings
 from satdifuser.extract.sources.chips import check_inside, cut_grid, list_chips, read_chip
 from satdifuser.extract.sources.classes import IGNORE, read_classes
-from satdifuser.extract.sources.files import Header, read_header, read_pixels
+from satdifuser.extract.sources.files import Header, offering_skip, read_header, read_pixels
 from satdifuser.extract.sources.grid import Window, pad_with, parse_size
-from satdifuser.extract.sources.splits import Row, find_splits_file, make_id, read_rows, splits_of_rows
+from satdifuser.extract.sources.splits import (
+    Row,
+    check_listed,
+    find_splits_file,
+    make_id,
+    read_rows,
+    splits_of_rows,
+)
 from satdifuser.extract.sources.tile import Split, Task, Tile, TileRecord
 
 WINDOW_COLUMNS = {"x", "y", "w", "h"}
@@ -32,13 +39,15 @@ class Pair:
     mask: Path
     split: Split
     window: Window | None
+    listed: str  # the line, for messages
 
 
 class PairsSource:
     """Images with index masks.
 
     Raises:
-        SourceError: splits file or class list are missing or wrong.
+        SettingsError: splits file or class list are missing.
+        SourceError: they are wrong.
     """
 
     def __init__(self, settings: PairsSettings) -> None:
@@ -59,7 +68,8 @@ class PairsSource:
                 ``on_error: skip`` the pair stays listed, so that it is counted and named when it is read).
         """
         self.left_out = 0
-        return [record for pair in self.pairs for record in self.records_of(pair)]
+        with offering_skip(self.settings):
+            return [record for pair in self.pairs for record in self.records_of(pair)]
 
     def records_of(self, pair: Pair) -> list[TileRecord]:
         """List the tiles of one pair; one that cannot be used but may be skipped stays in as one tile."""
@@ -69,6 +79,7 @@ class PairsSource:
             split=pair.split,
             size=self.tile_size,
             mask_path=str(pair.mask),
+            listed=pair.listed,
         )
         try:
             return self.chips_of(image, pair.window)
@@ -80,8 +91,7 @@ class PairsSource:
 
     def chips_of(self, image: TileRecord, window: Window | None) -> list[TileRecord]:
         """List the chips of an image: the one of a given window, or a grid."""
-        path = Path(image.path)
-        header = check_pair(path, Path(image.mask_path))
+        path, header = Path(image.path), check_pair(image)
         if window:
             check_inside(path, window, header.size)
         cuts = [window] if window else cut_grid(path, header.size, self.tile_size, 0, self.settings.pad)
@@ -96,10 +106,10 @@ class PairsSource:
         Raises:
             ImageError: image or mask cannot be read, they differ in size, or the mask holds unknown values.
         """
-        mask_path = Path(record.mask_path)
-        check_pair(Path(record.path), mask_path)
-        (image, valid), header = read_chip(record)
-        mask = pad_with(self.read_mask(mask_path, record.window), record.size, IGNORE)
+        with offering_skip(self.settings):
+            check_pair(record)
+            (image, valid), header = read_chip(record)
+            mask = pad_with(self.read_mask(Path(record.mask_path), record.window), record.size, IGNORE)
         mask[~valid] = IGNORE
         return Tile(record=record, image=image, valid=valid, mask=mask, band_names=header.band_names)
 
@@ -114,13 +124,15 @@ class PairsSource:
         return self.class_list.indices(bands[0], path)
 
 
-def check_pair(image: Path, mask: Path) -> Header:
-    """Return the image's header if mask and image have the same size, else raise ImageError."""
-    header, seen = read_header(image), read_header(mask).size
+def check_pair(record: TileRecord) -> Header:
+    """Return the image's header if image and mask are there and of the same size, else raise ImageError."""
+    check_listed(record.listed, image=record.path, mask=record.mask_path)
+    header, seen = read_header(Path(record.path)), read_header(Path(record.mask_path)).size
     if header.size != seen:
         raise ImageError(
-            f"{mask}: mask is {seen[0]}x{seen[1]} px (height x width), but its image {image} is "
-            f"{header.size[0]}x{header.size[1]} px; make both the same size or remove the pair"
+            f"{record.mask_path}: mask is {seen[0]}x{seen[1]} px (height x width), but its image "
+            f"{record.path} is {header.size[0]}x{header.size[1]} px; make both the same size "
+            "or remove the pair"
         )
     return header
 
@@ -129,14 +141,14 @@ def list_pairs(settings: PairsSettings) -> tuple[list[Pair], tuple[Split, ...]]:
     """Return the lines of the splits file, and the splits that must hold a tile."""
     path = find_splits_file(settings)
     if path is None:
-        raise SourceError(
+        raise SettingsError(
             f"source.splits: {settings.root} has no splits.csv; name a CSV file with the columns "
             "image, mask, split, or image, mask, x, y, w, h, split"
         )
     rows = read_rows(path, ["image", "mask"], settings.split_column)
+    tile = parse_size(settings.tile_size)
     pairs = [
-        Pair(row.path("image"), row.path("mask"), row.split, window_of(row, parse_size(settings.tile_size)))
-        for row in rows
+        Pair(row.path("image"), row.path("mask"), row.split, window_of(row, tile), row.where) for row in rows
     ]
     return pairs, splits_of_rows(rows)
 

@@ -16,19 +16,19 @@ from satdifuser.errors import ImageError, SettingsError, SourceError
 from satdifuser.extract.settings import ScenesSettings
 from satdifuser.extract.sources.chips import cut_grid, list_chips, read_chip
 from satdifuser.extract.sources.classes import IGNORE, ClassList, read_classes
-from satdifuser.extract.sources.files import Header, is_tiff, read_header
+from satdifuser.extract.sources.files import TIFF_SUFFIXES, Header, is_tiff, offering_skip, read_header
 from satdifuser.extract.sources.grid import parse_size
-from satdifuser.extract.sources.labels import find_labels, warp_labels
+from satdifuser.extract.sources.labels import check_overlap, find_labels, warp_labels
 from satdifuser.extract.sources.splits import draw_splits, splits_of_shares
-from satdifuser.extract.sources.tile import Task, Tile, TileRecord
+from satdifuser.extract.sources.tile import Georeference, Task, Tile, TileRecord
 
 
 class ScenesSource:
     """A GeoTIFF or a folder of them, cut into tiles.
 
     Raises:
-        SettingsError: the overlap is as large as a tile, or labels come without classes.
-        SourceError: the class list or a label raster is missing.
+        SettingsError: the overlap is as large as a tile, or the class list of labels is missing.
+        SourceError: there are no scenes, or the class list is wrong.
     """
 
     def __init__(self, settings: ScenesSettings) -> None:
@@ -51,19 +51,22 @@ class ScenesSource:
         """List the tiles of all scenes, scene by scene and row by row, with a seeded random split.
 
         Raises:
-            SourceError: a scene has no CRS or transform, or holds no valid pixel at all.
+            SettingsError: the label raster is missing.
+            SourceError: a scene has no label raster of its own in the folder of labels, either of them has no
+                CRS or transform, they do not overlap, or the scene holds no valid pixel at all.
             ImageError: a scene cannot be read, or is smaller than a tile (with ``on_error: skip`` it stays
                 listed as one tile, so that it is counted and named when it is read).
         """
         self.left_out = 0
-        chips = [record for scene in self.scenes for record in self.records_of(scene)]
+        with offering_skip(self.settings):
+            chips = [record for scene in self.scenes for record in self.records_of(scene)]
         drawn = draw_splits([chip.tile_id for chip in chips], [0] * len(chips), self.settings.split)
         return [replace(chip, split=drawn[chip.tile_id]) for chip in chips]
 
     def records_of(self, scene: Path) -> list[TileRecord]:
         """List the tiles of one scene; one that cannot be used but may be skipped stays in as one tile."""
-        labels = find_labels(self.settings.labels, scene) if self.settings.labels else ""
-        image = TileRecord(scene.stem, str(scene), "none", self.tile_size, mask_path=str(labels))
+        labels = find_labels(self.settings.labels, scene) if self.settings.labels else None
+        image = TileRecord(scene.stem, str(scene), "none", self.tile_size, mask_path=str(labels or ""))
         try:
             header = read_header(scene)
             cuts = cut_grid(scene, header.size, self.tile_size, self.settings.overlap, self.settings.pad)
@@ -71,7 +74,9 @@ class ScenesSource:
             if self.settings.on_error == "fail":
                 raise
             return [replace(image, tile_id=f"{scene.stem}/0_0", window=(0, 0, *self.tile_size))]
-        check_placed(scene, header)
+        grid = check_placed(scene, header)
+        if labels:
+            check_overlap(labels, scene, grid, header.size)
         chips = list_chips(image, header, cuts, self.settings.nodata)
         if not any(chip.valid_share for chip in chips):
             raise SourceError(
@@ -87,8 +92,9 @@ class ScenesSource:
         Raises:
             ImageError: scene or label raster cannot be read, or the latter holds unknown values.
         """
-        (image, valid), header = read_chip(record, self.settings.nodata)
-        mask = self.read_mask(record, valid)
+        with offering_skip(self.settings):
+            (image, valid), header = read_chip(record, self.settings.nodata)
+            mask = self.read_mask(record, valid)
         return Tile(record=record, image=image, valid=valid, mask=mask, band_names=header.band_names)
 
     def read_mask(self, record: TileRecord, valid: NDArray[np.bool_]) -> NDArray[np.uint8] | None:
@@ -101,8 +107,17 @@ class ScenesSource:
 
 
 def list_scenes(root: Path) -> list[Path]:
-    """Return the TIFF files of a folder by name, or the one file that is named."""
-    return sorted(filter(is_tiff, root.iterdir())) if root.is_dir() else [root]
+    """Return the TIFF files of a folder by name, or the one file that is named.
+
+    Raises:
+        SourceError: the folder holds none.
+    """
+    scenes = sorted(filter(is_tiff, root.iterdir())) if root.is_dir() else [root]
+    if not scenes:
+        raise SourceError(
+            f"source.root: no scenes in {root}; expected files that end in {', '.join(TIFF_SUFFIXES)}"
+        )
+    return scenes
 
 
 def read_label_classes(settings: ScenesSettings) -> ClassList | None:
@@ -117,9 +132,10 @@ def read_label_classes(settings: ScenesSettings) -> ClassList | None:
     return read_classes(settings.classes)
 
 
-def check_placed(scene: Path, header: Header) -> None:
-    """Raise SourceError unless a scene has CRS and transform."""
+def check_placed(scene: Path, header: Header) -> Georeference:
+    """Return CRS and transform of a scene, raise SourceError if it has none."""
     if header.georeference is None:
         raise SourceError(
             f"{scene}: no CRS or transform; georeference it, or use source.kind: folder for plain images"
         )
+    return header.georeference

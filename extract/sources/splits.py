@@ -12,7 +12,7 @@ from typing import get_args
 
 import numpy as np
 
-from satdifuser.errors import SourceError, suggest
+from satdifuser.errors import ImageError, SettingsError, SourceError, suggest
 from satdifuser.extract.settings import FolderSettings, PairsSettings, SplitShares
 from satdifuser.extract.sources.tile import Source, Split, TileRecord
 
@@ -50,13 +50,13 @@ def find_splits_file(settings: FolderSettings | PairsSettings) -> Path | None:
     """Return the splits file that is named in the settings, or ``splits.csv`` in the root, or nothing.
 
     Raises:
-        SourceError: the named file is missing.
+        SettingsError: the named file is missing.
     """
     default = settings.root / "splits.csv"
     if settings.splits is None:
         return default if default.is_file() else None
     if not settings.splits.is_file():
-        raise SourceError(
+        raise SettingsError(
             f"source.splits: {settings.splits} is not a file; expected a CSV file, "
             "its path seen from the working folder"
         )
@@ -72,7 +72,7 @@ def read_rows(path: Path, columns: Sequence[str], split_column: str) -> list[Row
         split_column: Column that holds train, val, test or none.
 
     Raises:
-        SourceError: a column, a value or the whole content is missing, or a split is unknown.
+        SourceError: a column, a value or all lines are missing, or a split is unknown.
     """
     with path.open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream)
@@ -83,7 +83,10 @@ def read_rows(path: Path, columns: Sequence[str], split_column: str) -> list[Row
                     f"{path}: column {column!r} is missing; it has {', '.join(found) or 'no columns'}"
                     f"{suggest(column, found)}"
                 )
-        return [parse_row(values, split_column, columns, path, reader.line_num) for values in reader]
+        rows = [parse_row(values, split_column, columns, path, reader.line_num) for values in reader]
+    if not rows:
+        raise SourceError(f"{path}: no line below the header; list the images of the data set")
+    return rows
 
 
 def parse_row(
@@ -99,6 +102,21 @@ def parse_row(
     raise SourceError(
         f"{path}, line {line}: {split_column} is {values[split_column]!r}, expected {', '.join(SPLITS)}"
     )
+
+
+def check_listed(where: str, **files: str) -> None:
+    """Raise ImageError unless the files that a line of a splits file names are there.
+
+    Args:
+        where: The line, as `Row.where` names it; "" where no splits file lists the files.
+        files: Path of a file by the column that names it.
+    """
+    for column, path in files.items():
+        if where and not Path(path).is_file():
+            raise ImageError(
+                f"{where}, column {column!r}: {path} is not a file; correct its path, "
+                "seen from the splits file's folder, or remove the line"
+            )
 
 
 def make_id(path: Path, root: Path) -> str:
@@ -159,14 +177,14 @@ def check_records(records: Sequence[TileRecord], source: Source) -> None:
     if not records:
         raise SourceError(
             f"source: no tiles, {source.left_out} left out for too little valid data; "
-            "check source.root and what its files are, or lower source.min_valid where there is one"
+            "lower source.min_valid, or source.tile_size where images are smaller than a tile"
         )
     seen: dict[str, TileRecord] = {}
     for record in records:
         twin = seen.setdefault(record.tile_id, record)
         if twin is not record:
             raise SourceError(
-                f"tile id {record.tile_id!r} appears twice, in {twin.path} and {record.path}; "
+                f"tile id {record.tile_id!r} appears twice, in {twin.where} and {record.where}; "
                 "rename one, or list it once"
             )
     check_splits(records, source.splits)

@@ -48,11 +48,17 @@ class TileRecord:
     label: Label = None
     window: tuple[int, int, int, int] | None = None  # (row, col, height, width) px in the file, clipped to it
     mask_path: str = ""
+    listed: str = ""  # line of the splits file that names it, for messages; "" where none does
     georeference: Georeference | None = None
     date: str = ""  # ISO 8601, "" where unknown
     valid_share: float = 1.0  # share of the tile's pixels that hold data
     padded: bool = False
     partitions: Mapping[str, Split] = field(default_factory=dict, hash=False)  # by name, if there are several
+
+    @property
+    def where(self) -> str:
+        """Name the image for messages, with the line of the splits file that lists it."""
+        return f"{self.listed} ({self.path})" if self.listed else self.path
 
 
 @dataclass(frozen=True)
