@@ -127,7 +127,7 @@ def test_a_wrong_override_is_named_not_the_file(tmp_path: Path) -> None:
         ),
         ("extract.timesteps=[-1]", "extract.timesteps = [-1]: expected one or more timesteps of at least 0"),
         ("source.split=5", "source.split = 5: expected a valid dictionary or instance of SplitShares"),
-        ("source.kind=foldr", "source.kind = 'foldr': expected one of 'folder', 'pairs', 'scenes', 'synth"),
+        ("source.kind=foldr", "source.kind = 'foldr': expected one of 'folder', 'geobench', 'pairs'"),
         ("source.kind=folder", "source.root: is missing, and has no default"),
     ],
 )
