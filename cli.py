@@ -67,7 +67,7 @@ def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "-c",
         "--config",
         type=click.Path(path_type=Path),
-        help="Pipeline file.  [default: the packaged pipeline.yaml]",
+        help="Pipeline file, or the name of a preset.  [default: the packaged pipeline.yaml]",
     )(command)
 
 
@@ -280,15 +280,18 @@ def verify(ctx: click.Context, store: Path, deep: bool, as_json: bool) -> None:
 
 @cli.command("import-reference")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@store_argument
+@click.argument("store", required=False, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The run's folder.")
 @overwrite_option
-def import_reference(checkpoint: Path, store: Path, out: Path, overwrite: bool) -> None:
-    """Turn a checkpoint of the authors' training script into a run for a store of the same features."""
+def import_reference(checkpoint: Path, store: Path | None, out: Path, overwrite: bool) -> None:
+    """Turn a checkpoint of the authors' training script into a run.
+
+    With a STORE all is checked at once; without, at the first `evaluate` of the run on one.
+    """
     from satdifuser.fuse.reference import import_reference as import_run
     from satdifuser.store.reader import open_store
 
-    run = import_run(checkpoint, open_store(store), out, overwrite)
+    run = import_run(checkpoint, out, open_store(store) if store else None, overwrite)
     for note in run.info["reference"]["notes"]:
         click.echo(f"note: {note}", err=True)
     click.echo(run.path)

@@ -7,7 +7,11 @@ mend it. The command line prints the message alone, without a traceback, and lea
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class SatDiFuserError(Exception):
@@ -55,3 +59,62 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def explain_settings(
+    error: ValidationError,
+    raw: Mapping[str, Any],
+    origin: Callable[[list[str]], str],
+    known: Callable[[], set[str]],
+) -> str:
+    """Tell every wrong setting with its rules, under what it stands in.
+
+    Args:
+        error: What pydantic found.
+        raw: The nested settings it looked at.
+        origin: Says where a setting stands, such as a file, by its keys.
+        known: Names of all settings, to suggest near ones.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for item in error.errors():
+        path = [str(key) for key in _user_path(item["loc"], raw)]
+        settings = found.setdefault(origin(path), {})
+        settings.setdefault(f"{'.'.join(path)}{_shown(item)}", []).append(_rule(item, known))
+    return "\n".join(_block(origin, settings) for origin, settings in found.items())
+
+
+def _block(origin: str, settings: Mapping[str, Sequence[str]]) -> str:
+    count = "1 setting is" if len(settings) == 1 else f"{len(settings)} settings are"
+    lines = [f"  {setting}: {' or '.join(dict.fromkeys(rules))}" for setting, rules in settings.items()]
+    return "\n".join([f"{origin}: {count} wrong", *lines])
+
+
+def _shown(item: Any) -> str:
+    """The value seen; a section is too long to show, its rule says what is wrong in it."""
+    if item["type"] == "union_tag_invalid":
+        return f".kind = {item['ctx']['tag']!r}"
+    return "" if item["type"] == "missing" or isinstance(item["input"], dict) else f" = {item['input']!r}"
+
+
+def _user_path(location: Sequence[int | str], raw: Any) -> Iterator[int | str]:
+    """The keys a user would look for: without the union tags that pydantic puts between them."""
+    for place, part in enumerate(location):
+        here = isinstance(raw, Mapping) and part in raw
+        if here or (isinstance(raw, list) and isinstance(part, int)):
+            raw = raw[part] if here or int(part) < len(raw) else None
+            yield part
+        elif isinstance(raw, Mapping) and place == len(location) - 1:
+            yield part
+
+
+def _rule(item: Any, known: Callable[[], set[str]]) -> str:
+    if item["type"] == "extra_forbidden":
+        name = str(item["loc"][-1])
+        return f"unknown setting{suggest(name, known() - {name})}"
+    if item["type"] == "missing":
+        return "is missing, and has no default"
+    if item["type"] == "union_tag_invalid":
+        kind, kinds = repr(item["ctx"]["tag"]), item["ctx"]["expected_tags"]
+        return f"expected one of {kinds}{suggest(kind, kinds.split(', '))}"
+    message: str = item["msg"]
+    return message.removeprefix("Value error, ").replace("Input should be", "expected")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError, field_validator
 
-from satdifuser.errors import SettingsError, suggest
+from satdifuser.errors import SettingsError, explain_settings, suggest
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.extract.settings import (
     BackboneSettings,
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     from satdifuser.evaluate.report import ReportStore
     from satdifuser.store.reader import FeatureStore
 
+
 PACKAGED = "pipeline.yaml"
+PACKAGE = Path(str(files("satdifuser")))
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def load_pipeline(file: Path | None = None, overrides: Sequence[str] = ()) -> Pi
     """Read and validate a pipeline file.
 
     Args:
-        file: The file; None for the packaged one.
+        file: The file, or the name of a packaged preset; None for the packaged default.
         overrides: ``a.b=c`` texts that win over the file. Another ``source.kind`` than the file's starts
             the source block anew, since each kind has settings of its own.
 
@@ -102,25 +105,44 @@ def validate_settings(raw: Mapping[str, Any], name: str, overrides: Sequence[Ove
     try:
         return Pipeline.model_validate(raw)
     except ValidationError as error:
-        raise SettingsError(_describe(error, raw, name, overrides)) from None
+        origin = partial(_origin, name, overrides)
+        raise SettingsError(explain_settings(error, raw, origin, _known_keys)) from None
 
 
 def _read_yaml(file: Path | None, name: str) -> dict[str, Any]:
-    if file and file.is_dir():
-        raise SettingsError(
-            f"{name}: is a folder, expected a pipeline file (YAML); to extract the images in a folder use "
-            f"`--set source.kind=folder --set source.root={file}`"
-        )
     try:
-        text = file.read_text() if file else (files("satdifuser") / PACKAGED).read_text()
-        raw = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise SettingsError(f"{name}: no such pipeline file") from None
+        raw = yaml.safe_load(_find(file, name).read_text())
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise SettingsError(f"{name}: not a readable YAML file: {error}") from error
     if not isinstance(raw, dict | None):
         raise SettingsError(f"{name}: got a {type(raw).__name__}, expected sections such as 'source:'")
     return raw or {}
+
+
+def _find(file: Path | None, name: str) -> Path:
+    """The file itself, or else the packaged preset of that name."""
+    if file is None:
+        return PACKAGE / PACKAGED
+    if file.is_dir():
+        raise SettingsError(
+            f"{name}: is a folder, expected a pipeline file (YAML); to extract the images in a folder use "
+            f"`--set source.kind=folder --set source.root={file}`"
+        )
+    if file.exists():
+        return file
+    presets = packaged_presets()
+    if name not in presets:
+        raise SettingsError(
+            f"{name}: no such pipeline file, and no such preset{suggest(name, presets)}; presets are "
+            f"{', '.join(presets)}"
+        )
+    return presets[name]
+
+
+def packaged_presets() -> dict[str, Path]:
+    """Pipeline files that ship with the package, by name: ``geobench/m-eurosat``."""
+    folder = PACKAGE / "presets"
+    return {p.relative_to(folder).with_suffix("").as_posix(): p for p in sorted(folder.rglob("*.yaml"))}
 
 
 def _parse_override(text: str) -> Override:
@@ -151,61 +173,12 @@ def _assign(raw: dict[str, Any], path: list[str], value: Any) -> None:
     raw[path[-1]] = value
 
 
-def _describe(
-    error: ValidationError, raw: Mapping[str, Any], name: str, overrides: Sequence[Override]
-) -> str:
-    """Every wrong setting with its rules, under the file or the override it stands in."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for item in error.errors():
-        path = [str(key) for key in _user_path(item["loc"], raw)]
-        settings = found.setdefault(_origin(path, name, overrides), {})
-        settings.setdefault(f"{'.'.join(path)}{_shown(item)}", []).append(_rule(item))
-    return "\n".join(_block(origin, settings) for origin, settings in found.items())
-
-
-def _block(origin: str, settings: Mapping[str, Sequence[str]]) -> str:
-    count = "1 setting is" if len(settings) == 1 else f"{len(settings)} settings are"
-    lines = [f"  {setting}: {' or '.join(dict.fromkeys(rules))}" for setting, rules in settings.items()]
-    return "\n".join([f"{origin}: {count} wrong", *lines])
-
-
-def _origin(path: list[str], name: str, overrides: Sequence[Override]) -> str:
+def _origin(name: str, overrides: Sequence[Override], path: list[str]) -> str:
     """The last override of this setting, of a part of it or of a section around it; else the file."""
     for override in reversed(overrides):
         if all(ours == theirs for ours, theirs in zip(override.path, path, strict=False)):
             return f"--set {override.text}"
     return name
-
-
-def _shown(item: Any) -> str:
-    """The value seen; a section is too long to show, its rule says what is wrong in it."""
-    if item["type"] == "union_tag_invalid":
-        return f".kind = {item['ctx']['tag']!r}"
-    return "" if item["type"] == "missing" or isinstance(item["input"], dict) else f" = {item['input']!r}"
-
-
-def _user_path(location: Sequence[int | str], raw: Any) -> Iterator[int | str]:
-    """The keys a user would look for: without the union tags that pydantic puts between them."""
-    for place, part in enumerate(location):
-        here = isinstance(raw, Mapping) and part in raw
-        if here or (isinstance(raw, list) and isinstance(part, int)):
-            raw = raw[part] if here or int(part) < len(raw) else None
-            yield part
-        elif isinstance(raw, Mapping) and place == len(location) - 1:
-            yield part
-
-
-def _rule(item: Any) -> str:
-    if item["type"] == "extra_forbidden":
-        name = str(item["loc"][-1])
-        return f"unknown setting{suggest(name, _known_keys() - {name})}"
-    if item["type"] == "missing":
-        return "is missing, and has no default"
-    if item["type"] == "union_tag_invalid":
-        kind, kinds = repr(item["ctx"]["tag"]), item["ctx"]["expected_tags"]
-        return f"expected one of {kinds}{suggest(kind, kinds.split(', '))}"
-    message: str = item["msg"]
-    return message.removeprefix("Value error, ").replace("Input should be", "expected")
 
 
 def _known_keys() -> set[str]:
@@ -251,7 +224,10 @@ def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bo
     check_task(store, pipeline.fit)
     runs = []
     if pipeline.evaluate.baselines:
-        runs += [run.path for run in fit_baselines(store, pipeline.evaluate, folder, overwrite)]
+        runs += [
+            run.path
+            for run in fit_baselines(store, pipeline.evaluate, folder, overwrite, pipeline.fit.partition)
+        ]
     for fusion in pipeline.fit.fusion:
         for seed in pipeline.fit.seeds:
             path = folder / f"{fusion}-seed{seed}"
@@ -268,7 +244,7 @@ def report_runs(folders: Sequence[Path], out: Path) -> Path:
         folders: Run folders, and folders of runs.
         out: Path of the HTML file.
     """
-    from satdifuser.errors import StoreError
+    from satdifuser.errors import SettingsError, StoreError
     from satdifuser.evaluate.report import write_report
     from satdifuser.fuse.run_folder import find_runs, open_run
     from satdifuser.store.reader import open_store
@@ -276,14 +252,14 @@ def report_runs(folders: Sequence[Path], out: Path) -> Path:
     runs = find_runs(folders)
     first = open_run(runs[0])
     try:
-        store = report_store(open_store(first.info["store"]["path"]))
-    except StoreError:
+        store = report_store(open_store(first.info["store"]["path"]), first.partition)
+    except (StoreError, SettingsError):  # gone, or another store without the run's partition
         store = None
     command = shlex.join(["satdifuser", *sys.argv[1:]])
     return write_report(runs, out, "Diffusion features: what they can tell apart", store, command)
 
 
-def report_store(store: FeatureStore) -> ReportStore:
+def report_store(store: FeatureStore, partition: str) -> ReportStore:
     """What the report shows of a store: facts in words, and previews by tile id."""
     from satdifuser.evaluate.report import ReportStore
 
@@ -294,7 +270,7 @@ def report_store(store: FeatureStore) -> ReportStore:
     facts = {
         "source": f"{source['kind']} {source.get('root', '')}".strip(),
         "tiles": f"{a.tiles} of {a.tile_size[0]} x {a.tile_size[1]} px",
-        "splits": store.splits_text(),
+        "splits": f"{store.splits_text(partition)} (partition {partition})",
         "backbone": str(a.backbone["model"]),
         "noising": f"{extraction['noising']}, timesteps {', '.join(map(str, a.timesteps))}",
         "layers": f"{len(a.layers)}, at {strides} px per cell",

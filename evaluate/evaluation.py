@@ -20,23 +20,45 @@ import yaml
 from numpy.typing import NDArray
 
 from satdifuser.errors import RunError
-from satdifuser.evaluate.intervals import classification_intervals, segmentation_intervals
-from satdifuser.evaluate.metrics import classification_metrics, confusion_matrix, segmentation_metrics
+from satdifuser.evaluate.intervals import (
+    classification_intervals,
+    multilabel_intervals,
+    segmentation_intervals,
+)
+from satdifuser.evaluate.metrics import (
+    at_least_half,
+    classification_metrics,
+    confusion_matrix,
+    multilabel_metrics,
+    segmentation_metrics,
+)
+from satdifuser.evaluate.published import format_published, published_beside
+from satdifuser.evaluate.reference_metrics import (
+    TILE_REFERENCES,
+    format_reference,
+    reference_segmentation,
+    with_faults,
+)
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse.data import MapLoader
+from satdifuser.fuse.reference import WAITING, complete
 from satdifuser.fuse.run_folder import METRICS_FILE, SETTINGS_FILE, Run, open_run
 from satdifuser.fuse.train import Prediction, labelled, load_network, predict
 from satdifuser.store.files import write_durably
 from satdifuser.store.reader import FeatureStore, Indices, open_store
 from satdifuser.store.schema import canonical_hash, differing_fields
 
+TILE_METRICS = {"classification": classification_metrics, "multilabel": multilabel_metrics}
+TILE_INTERVALS = {"classification": classification_intervals, "multilabel": multilabel_intervals}
+
 
 @dataclass
 class Outcome:
     """What became of the tiles of a split, gathered batch by batch.
 
-    Classification keeps (N,) targets and (N, classes) probabilities; segmentation keeps (N, classes, classes)
-    confusion counts, and the masks of the tiles at the positions `kept`.
+    Classification keeps (N,) targets and (N, classes) probabilities, multilabel (N, classes) of both.
+    Segmentation keeps (N, classes, classes) confusion counts, and the masks of the tiles at the positions
+    `kept`.
     """
 
     task: str
@@ -50,7 +72,7 @@ class Outcome:
 
     def add(self, probabilities: NDArray[np.float32], targets: NDArray[np.int64]) -> None:
         """Take in the predictions of some tiles, see `satdifuser.fuse.train.Prediction`."""
-        if self.task == "classification":
+        if self.task in TILE_METRICS:
             self.targets.append(targets)
             self.probabilities.append(probabilities)
             return
@@ -61,25 +83,33 @@ class Outcome:
 
     def metrics(self) -> dict[str, float]:
         """Metrics over all tiles."""
-        if self.task == "classification":
-            return classification_metrics(np.concatenate(self.targets), np.concatenate(self.probabilities))
+        if self.task in TILE_METRICS:
+            return TILE_METRICS[self.task](np.concatenate(self.targets), np.concatenate(self.probabilities))
         return segmentation_metrics(np.sum(self.confusions, axis=0))
+
+    def reference(self) -> dict[str, Any]:
+        """Metrics of the released code over all tiles, and their faults."""
+        if self.task in TILE_REFERENCES:
+            targets, probabilities = np.concatenate(self.targets), np.concatenate(self.probabilities)
+            return with_faults(self.task, TILE_REFERENCES[self.task](targets, probabilities))
+        return with_faults(self.task, reference_segmentation(np.sum(self.confusions, axis=0)))
 
     def intervals(self, settings: EvaluateSettings) -> dict[str, list[float]]:
         """Bootstrap intervals of the metrics over the tiles."""
         chance = (settings.bootstrap, settings.seed, settings.level)
-        if self.task == "classification":
+        if self.task in TILE_INTERVALS:
             targets, probabilities = np.concatenate(self.targets), np.concatenate(self.probabilities)
-            return classification_intervals(targets, probabilities, *chance)
+            return TILE_INTERVALS[self.task](targets, probabilities, *chance)
         return segmentation_intervals(np.stack(self.confusions), *chance)
 
     def table(self, tile_ids: list[str], split: str) -> pd.DataFrame:
         """One row per tile."""
         table = pd.DataFrame({"tile_id": tile_ids, "split": split})
-        if self.task == "classification":
-            probabilities = np.concatenate(self.probabilities)
-            table["target"] = np.concatenate(self.targets)
-            table["predicted"] = probabilities.argmax(1)
+        if self.task in TILE_METRICS:
+            targets, probabilities = np.concatenate(self.targets), np.concatenate(self.probabilities)
+            several = self.task == "multilabel"
+            predicted = at_least_half(probabilities).astype(np.int64) if several else probabilities.argmax(1)
+            table["target"], table["predicted"] = list(targets), list(predicted)
             table["probabilities"] = list(probabilities.astype(np.float32))
             return table
         each = [segmentation_metrics(confusion) for confusion in self.confusions]
@@ -149,13 +179,19 @@ def evaluate_run(folder: Path, store_path: Path | None, settings: EvaluateSettin
             damaged, so that its count of test reads is lost.
     """
     run = open_run(folder)
+    if run.info["kind"] == WAITING:
+        if store_path is None:
+            raise RunError(
+                f"{folder}: was imported without a store; name one: `satdifuser evaluate {folder} STORE`"
+            )
+        run = complete(run, open_store(store_path))
     if run.info["kind"] != "fusion":
         raise RunError(f"{folder}: a baseline is measured when it is made; run `satdifuser fit` again")
     previous_test_reads(run)  # a damaged count is told before test is read once more
     store = open_store(store_path or Path(run.info["store"]["path"]))
     check_features(run, store)
     network, statistics, fit_settings = load_network(run, store)
-    rows = labelled(store, settings.split)
+    rows = labelled(store, settings.split, run.partition)
     outcome = new_outcome(store, spread_positions(len(rows), settings.pictures))
     loader = MapLoader(store, rows, fit_settings.memory_gb * 1e9)
     for probabilities, targets in predict(network, loader, fit_settings, statistics):
@@ -163,7 +199,7 @@ def evaluate_run(folder: Path, store_path: Path | None, settings: EvaluateSettin
     if run.info["history"]:
         val = run.info["history"][run.info["best_epoch"] - 1]["val"]
     else:  # imported: its training was measured elsewhere
-        loader = MapLoader(store, labelled(store, "val"), fit_settings.memory_gb * 1e9)
+        loader = MapLoader(store, labelled(store, "val", run.partition), fit_settings.memory_gb * 1e9)
         val = measure(store, predict(network, loader, fit_settings, statistics))
     return write_outcome(run, store, rows, outcome, val, settings)
 
@@ -214,16 +250,21 @@ def write_outcome(
         np.savez_compressed(buffer, tile_id=kept_ids, predicted=predicted, target=target)
         write_durably(run.path / "masks.npz", buffer.getvalue())
     note_settings(run, settings)
+    reported: dict[str, Any] = {**outcome.metrics(), "interval": outcome.intervals(settings)}
+    if settings.metrics == "reference":
+        reported["reference"] = outcome.reference()
     metrics = {
         "task": run.info["task"],
         "fusion": run.info["fusion"],
         "head": run.info["head"],
         "seed": run.info["seed"],
+        "partition": run.partition,
         "store_fingerprint": store.hashes().feature,
         "selected_on": "val",
         "val": val,
-        settings.split: {**outcome.metrics(), "interval": outcome.intervals(settings)},
+        settings.split: reported,
         "test_reads": reads,
+        **published_beside(run, store, settings.split, len(rows), reported),
         **measurement(run, store, settings),
     }
     write_durably(run.path / METRICS_FILE, (json.dumps(metrics, indent=1) + "\n").encode())
@@ -247,14 +288,17 @@ def previous_test_reads(run: Run) -> int:
 
 
 def format_metrics(folder: Path, metrics: dict[str, Any]) -> str:
-    """Metrics for reading: one line per metric, of val and of the reported split."""
+    """Metrics for reading: one line per metric, of val and of the reported split, and what is published."""
     lines = [f"{folder}: {metrics['fusion']}, {metrics['head']} head, seed {metrics['seed']}"]
     for split in ("val", "train", "test"):
         values = metrics.get(split, {})
         intervals = values.get("interval", {})
         for name, value in values.items():
-            if name != "interval":
+            if name not in ("interval", "reference"):
                 low, high = intervals.get(name, (None, None))
                 certainty = "" if low is None else f"  [{low:.3f}, {high:.3f}]"
                 lines.append(f"  {split:5} {name:18} {value:.3f}{certainty}")
+        lines += format_reference(split, values.get("reference", {}))
+    if "published" in metrics:
+        lines.append(format_published(metrics["published"]))
     return "\n".join(lines)

@@ -18,7 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satdifuser.errors import RunError
-from satdifuser.evaluate.metrics import Floats, Ints, classification_scores, segmentation_scores
+from satdifuser.evaluate.metrics import (
+    Floats,
+    Ints,
+    classification_scores,
+    multilabel_scores,
+    segmentation_scores,
+)
 
 # (B, N) counts of how often each tile was drawn -> (B,) values of each metric
 Scores = Callable[[NDArray[np.int64]], dict[str, Floats]]
@@ -78,6 +84,32 @@ def classification_intervals(
     return {name: list(percentiles(values, level)) for name, values in samples.items()}
 
 
+def multilabel_intervals(
+    target: Ints,
+    probabilities: NDArray[np.floating[Any]],
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, list[float]]:
+    """Intervals of the metrics of `multilabel_metrics`.
+
+    Args:
+        target: (N, C) zeros and ones, integers.
+        probabilities: (N, C) predicted probabilities.
+        resamples: Number of draws.
+        seed: Seed of the draws.
+        level: Share of the samples inside the interval.
+
+    Returns:
+        [low, high] of every metric.
+
+    Raises:
+        RunError: There is no tile, or labels and probabilities are unusable.
+    """
+    samples = sample(partial(multilabel_scores, target, probabilities), len(target), resamples, seed)
+    return {name: list(percentiles(values, level)) for name, values in samples.items()}
+
+
 def segmentation_intervals(
     confusions: NDArray[np.int64], resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict[str, list[float]]:
@@ -104,8 +136,8 @@ def paired_difference(
 ) -> dict[str, dict[str, Any]]:
     """Compare two runs on the same tiles: every draw scores both, so what the tiles share cancels out.
 
-    A run is given by its scores: ``partial(classification_scores, target, probabilities)`` or
-    ``partial(segmentation_scores, confusions)``, with tiles in the same order for both runs.
+    A run is given by its scores: ``partial(classification_scores, target, probabilities)``, the same of
+    ``multilabel_scores``, or ``partial(segmentation_scores, confusions)``, with tiles in the same order.
 
     Args:
         first: Scores of the first run.

@@ -103,7 +103,7 @@ def multilabel_metrics(target: Ints, probabilities: NDArray[np.floating[Any]]) -
     """Score any number of classes per tile; a class is predicted at a probability of 0.5 or more.
 
     Args:
-        target: (N, C) zeros and ones.
+        target: (N, C) zeros and ones, integers.
         probabilities: (N, C) predicted probabilities.
 
     Returns:
@@ -113,18 +113,43 @@ def multilabel_metrics(target: Ints, probabilities: NDArray[np.floating[Any]]) -
     Raises:
         RunError: Shapes, labels or probabilities are unusable.
     """
+    scores = multilabel_scores(target, probabilities, np.ones((1, len(target)), np.int64))
+    return {name: float(value[0]) for name, value in scores.items()}
+
+
+def multilabel_scores(
+    target: Ints, probabilities: NDArray[np.floating[Any]], counts: NDArray[np.int64]
+) -> dict[str, Floats]:
+    """Score any number of classes per tile, once for every draw of the tiles.
+
+    Args:
+        target: (N, C) zeros and ones, integers.
+        probabilities: (N, C) predicted probabilities.
+        counts: (B, N) how often each tile counts in each draw.
+
+    Returns:
+        The metrics of `multilabel_metrics`, each (B,).
+
+    Raises:
+        RunError: Shapes, labels or probabilities are unusable.
+    """
     check_probabilities(probabilities, len(target))
     if target.shape != probabilities.shape:
         raise RunError(f"truth has shape {target.shape}, probabilities {probabilities.shape}: must be equal")
-    truth, predicted = check_labels(target, 2, "truth") == 1, probabilities >= 0.5
-    found, support, claimed = (truth & predicted).sum(0), truth.sum(0), predicted.sum(0)
-    once = np.ones((1, len(truth)), np.int64)
+    truth, predicted = check_labels(target, 2, "truth") == 1, at_least_half(probabilities)
+    times = counts.astype(np.float64)  # multiplies far faster than int64, and as exactly
+    found, support, claimed = (times @ part for part in (truth & predicted, truth, predicted))
     return {
-        "accuracy": float((truth == predicted).all(axis=1).mean()),
-        "f1_macro": float(mean_over_present(ratio(2 * found, support + claimed), support)),
-        "f1_micro": float(ratio(2 * found.sum(), support.sum() + claimed.sum())),
-        "average_precision": float(average_precision(truth, probabilities, once)[0]),
+        "accuracy": ratio(times @ (truth == predicted).all(axis=1), times.sum(axis=1)),
+        "f1_macro": mean_over_present(ratio(2 * found, support + claimed), support),
+        "f1_micro": ratio(2 * found.sum(axis=1), support.sum(axis=1) + claimed.sum(axis=1)),
+        "average_precision": average_precision(truth, probabilities, counts),
     }
+
+
+def at_least_half(probabilities: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+    """The classes that a multilabel model claims."""
+    return probabilities >= 0.5
 
 
 def segmentation_metrics(confusion: NDArray[Any]) -> dict[str, float]:
@@ -172,6 +197,25 @@ def per_class_table(confusion: NDArray[Any], class_names: list[str]) -> pd.DataF
     return pd.DataFrame({"class": class_names, "support": support, **class_scores(confusion)})
 
 
+def multilabel_table(target: Ints, predicted: Ints, class_names: list[str]) -> pd.DataFrame:
+    """Tabulate the scores of every class where a tile may have several.
+
+    Args:
+        target: (N, C) zeros and ones.
+        predicted: (N, C) zeros and ones.
+        class_names: Names of the C classes.
+
+    Returns:
+        One row per class: class, support (count in the truth), precision, recall, f1; NaN where a score has
+        nothing to divide by.
+    """
+    import pandas as pd
+
+    support = target.sum(axis=0)
+    scores = retrieval((target * predicted).sum(axis=0), support, predicted.sum(axis=0))
+    return pd.DataFrame({"class": class_names, "support": support, **scores})
+
+
 def confusion_scores(confusion: NDArray[Any]) -> dict[str, Floats]:
     """`miou`, `pixel_accuracy` and `f1_macro` of (..., C, C) confusion matrices, each (...)."""
     support = confusion.sum(axis=-1)
@@ -188,11 +232,15 @@ def class_scores(confusion: NDArray[Any]) -> dict[str, Floats]:
     """Precision, recall, F1 and IoU of every class of (..., C, C) confusion matrices, each (..., C)."""
     right = np.diagonal(confusion, axis1=-2, axis2=-1)
     support, claimed = confusion.sum(axis=-1), confusion.sum(axis=-2)
+    return {**retrieval(right, support, claimed), "iou": ratio(right, support + claimed - right)}
+
+
+def retrieval(right: NDArray[Any], support: NDArray[Any], claimed: NDArray[Any]) -> dict[str, Floats]:
+    """Precision, recall and F1 from counts of what was found, of what is there and of what was claimed."""
     return {
         "precision": ratio(right, claimed),
         "recall": ratio(right, support),
         "f1": ratio(2 * right, support + claimed),
-        "iou": ratio(right, support + claimed - right),
     }
 
 

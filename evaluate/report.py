@@ -8,7 +8,7 @@ Shape letters: C classes, T timesteps, L layers, H and W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from satdifuser.errors import RunError
-from satdifuser.evaluate.metrics import confusion_matrix, per_class_table
-from satdifuser.evaluate.pictures import colour_mask, heat_map_svg, line_chart_svg, palette, png_data_uri
+from satdifuser.evaluate.cards import Preview, pictures
+from satdifuser.evaluate.metrics import confusion_matrix, multilabel_table, per_class_table
+from satdifuser.evaluate.pictures import heat_map_svg, line_chart_svg, palette
 from satdifuser.evaluate.results import (
-    REMEDY,
     best_on_val,
     choice_sentence,
     choose,
@@ -33,8 +32,8 @@ from satdifuser.evaluate.results import (
     main_metric,
     open_runs,
     percent,
+    predictions,
     reported_split,
-    require,
     score,
     span,
     tabulate,
@@ -42,11 +41,19 @@ from satdifuser.evaluate.results import (
 from satdifuser.fuse.run_folder import Run
 from satdifuser.store.files import write_durably
 
-Preview = Callable[[str], NDArray[np.uint8] | None]
-
-PICTURE_PX = 128  # smaller pictures are enlarged to about this width
-SHOWN_MISTAKES, SHOWN_RIGHT = 12, 12
-SHOWN_WORST, SHOWN_TYPICAL = 3, 3
+AIMS = {
+    "classification": "name the class of each tile",
+    "multilabel": "say which classes each tile holds",
+    "segmentation": "name the class of every pixel",
+}
+METRICS = {
+    "classification": "Accuracy is the share of tiles given the right class.",
+    "multilabel": "f1_micro: over all tiles and classes together, the harmonic mean of how much of what was "
+    "named is right and how much of what is there was named. A class is named where its probability is 0.5 "
+    "or more.",
+    "segmentation": "miou: for each class, the pixels that truth and prediction share, divided by the pixels "
+    "that either of them has; then the mean over the classes.",
+}
 
 
 @dataclass(frozen=True)
@@ -78,13 +85,15 @@ def write_report(
         `out`.
 
     Raises:
-        RunError: A run folder is incomplete, or the runs differ in task, split or level.
+        RunError: A run folder is incomplete, or the runs differ in task, partition, split or level.
     """
     groups = group_seeds(open_runs(runs))
     results = tabulate(groups)
     seeds = choose(groups)
     chosen = best_on_val(seeds)
-    confusion = confusion_of(chosen)
+    task, classes = chosen.info["task"], chosen.info["classes"]
+    confusion = None if task == "multilabel" else confusion_of(chosen)
+    table = labels_table(chosen) if confusion is None else per_class_table(confusion, classes)
     page = {
         "title": title,
         "command": command,
@@ -92,18 +101,20 @@ def write_report(
         "run": chosen,
         "seeds": len(seeds),
         "label_sets": len({run.info["store"]["hashes"]["labels"] for group in groups for run in group}),
-        "metric": main_metric(chosen),
+        "aim": AIMS[task],
+        "metric": METRICS[task],
+        "unit": "pixels" if task == "segmentation" else "tiles",
         "split": reported_split(chosen),
         "level": percent(chosen.metrics["evaluate"]["level"]),
         "results": format_cells(results),
         "answer": answer(results),
         "choice": choice_sentence(results),
         "scores": score_cells(chosen),
-        "per_class": class_cells(confusion, chosen.info["classes"]),
-        "confusion": confusion_svg(confusion, chosen.info["classes"], reported_split(chosen)),
+        "per_class": class_cells(table),
+        "confusion": None if confusion is None else confusion_svg(confusion, classes, reported_split(chosen)),
         "curves": curve_svgs([best_on_val(group) for group in groups]),
         "weights": weights_svg(chosen.info["weights"]),
-        "legend": list(zip(chosen.info["classes"], palette(len(confusion)).tolist(), strict=True)),
+        "legend": list(zip(classes, palette(len(classes)).tolist(), strict=True)),
         "pictures": pictures(chosen, store.preview if store else lambda tile_id: None),
     }
     templates = FileSystemLoader(Path(__file__).parent)
@@ -126,16 +137,6 @@ def answer(table: pd.DataFrame) -> str:
     return words
 
 
-def predictions(run: Run, columns: list[str]) -> pd.DataFrame:
-    """These columns of a run's predictions, one row per tile of the reported split."""
-    path = run.path / "predictions.parquet"
-    if not path.is_file():
-        raise RunError(f"{path} is missing; {REMEDY}")
-    table = pd.read_parquet(path)
-    require(path, table, ["split", *columns])
-    return table.loc[table["split"] == reported_split(run), columns].reset_index(drop=True)
-
-
 def score_cells(run: Run) -> list[dict[str, str]]:
     """Every metric of one run, as texts."""
     split = reported_split(run)
@@ -149,7 +150,7 @@ def score_cells(run: Run) -> list[dict[str, str]]:
             f"{level} interval": span(*interval(run, name)),
         }
         for name in reported
-        if name != "interval"
+        if name not in ("interval", "reference")
     ]
 
 
@@ -163,11 +164,17 @@ def confusion_of(run: Run) -> NDArray[np.int64]:
     return np.asarray(cells, np.int64).reshape(classes, classes)
 
 
-def class_cells(confusion: NDArray[np.int64], classes: list[str]) -> list[dict[str, str]]:
+def labels_table(run: Run) -> pd.DataFrame:
+    """The per-class table of the reported tiles where a tile may have several classes."""
+    table = predictions(run, ["target", "predicted"])
+    target, predicted = (np.stack(table[name].to_list()) for name in ("target", "predicted"))
+    return multilabel_table(target, predicted, run.info["classes"])
+
+
+def class_cells(table: pd.DataFrame) -> list[dict[str, str]]:
     """The per-class table, as texts."""
-    table = per_class_table(confusion, classes)
     table["support"] = table["support"].map("{:,}".format)
-    scores = ["precision", "recall", "f1", "iou"]
+    scores = [str(name) for name in table if name not in ("class", "support")]
     table[scores] = table[scores].map(score)
     return [{str(name): str(cell) for name, cell in row.items()} for row in table.to_dict("records")]
 
@@ -202,74 +209,3 @@ def curve_svgs(runs: Sequence[Run]) -> list[Markup]:
         Markup(line_chart_svg(losses, "Training loss by epoch", "epoch", "training loss")),
         Markup(line_chart_svg(scores, f"{metric} on val by epoch", "epoch", f"val {metric}")),
     ]
-
-
-def pictures(run: Run, preview: Preview) -> dict[str, list[dict[str, Any]]]:
-    """Cards of reported tiles under their headings; each card has images (label, uri, alt) and a caption."""
-    cards = tile_cards(run, preview) if run.info["task"] == "classification" else mask_cards(run, preview)
-    return {heading: shown for heading, shown in cards.items() if shown}
-
-
-def tile_cards(run: Run, preview: Preview) -> dict[str, list[dict[str, Any]]]:
-    """Tiles with their true and predicted class: confident mistakes first, then right ones of all classes."""
-    table = predictions(run, ["tile_id", "target", "predicted", "probabilities"])
-    table["confidence"] = [p[c] for p, c in zip(table["probabilities"], table["predicted"], strict=True)]
-    is_right = table["target"] == table["predicted"]
-    mistakes = table[~is_right].sort_values("confidence", ascending=False, kind="stable")
-    right = table[is_right].sample(frac=1, random_state=0)
-    turn = right.groupby("target").cumcount()  # one of each class, then the next of each class
-    right = right.assign(turn=turn).sort_values(["turn", "target"])
-    return {
-        "The most confident mistakes": class_cards(mistakes.head(SHOWN_MISTAKES), run, preview),
-        "Some right answers": class_cards(right.head(SHOWN_RIGHT), run, preview),
-    }
-
-
-def class_cards(table: pd.DataFrame, run: Run, preview: Preview) -> list[dict[str, Any]]:
-    """One card per row of predictions whose tile has a preview."""
-    classes, cards = run.info["classes"], []
-    for row in table.to_dict("records"):
-        truth, predicted = classes[row["target"]], classes[row["predicted"]]
-        image = image_of(preview(row["tile_id"]), "", f"Tile {row['tile_id']}, of class {truth}")
-        caption = [f"truth: {truth}", f"predicted: {predicted} ({row['confidence']:.0%})", row["tile_id"]]
-        cards.append({"images": image, "caption": caption})
-    return [card for card in cards if card["images"]]
-
-
-def mask_cards(run: Run, preview: Preview) -> dict[str, list[dict[str, Any]]]:
-    """Image, truth and prediction of the saved tiles: worst first, then those nearest the median."""
-    path = run.path / "masks.npz"
-    if not path.is_file():
-        return {}
-    with np.load(path) as saved:
-        ids, truths, guesses = (saved[name] for name in ("tile_id", "target", "predicted"))
-    quality = predictions(run, ["tile_id", "miou"]).set_index("tile_id")["miou"]
-    here = quality.reindex(ids).to_numpy()
-    order = np.argsort(here, kind="stable")  # tiles without a label are NaN and come last
-    worst, rest = order[:SHOWN_WORST], order[SHOWN_WORST:]
-    typical = rest[np.argsort(np.abs(here[rest] - quality.median()), kind="stable")][:SHOWN_TYPICAL]
-
-    def cards(chosen: NDArray[np.int64]) -> list[dict[str, Any]]:
-        return [mask_card(run, preview, str(ids[i]), truths[i], guesses[i], here[i]) for i in chosen]
-
-    return {"The worst of the saved tiles": cards(worst), "Typical tiles": cards(typical)}
-
-
-def mask_card(
-    run: Run, preview: Preview, tile_id: str, truth: NDArray[np.uint8], guess: NDArray[np.uint8], miou: float
-) -> dict[str, Any]:
-    """Image, truth and prediction of one tile."""
-    colours = palette(len(run.info["classes"]))
-    ignore_value = run.info["ignore_value"]
-    images = image_of(preview(tile_id), "image", f"Tile {tile_id}")
-    images += image_of(colour_mask(truth, colours, ignore_value), "truth", f"True classes of tile {tile_id}")
-    images += image_of(colour_mask(guess, colours), "prediction", f"Predicted classes of tile {tile_id}")
-    return {"images": images, "caption": [f"mIoU {score(miou)}", tile_id]}
-
-
-def image_of(rgb: NDArray[np.uint8] | None, label: str, alt: str) -> list[dict[str, str]]:
-    """One image of a card, or none."""
-    if rgb is None:
-        return []
-    scale = max(1, PICTURE_PX // rgb.shape[1])
-    return [{"label": label, "uri": png_data_uri(rgb, scale), "alt": alt}]

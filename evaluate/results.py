@@ -28,7 +28,7 @@ def results_table(runs: Sequence[Path]) -> pd.DataFrame:
     """Tabulate runs, best on val first; runs that differ only in their seed share a row.
 
     Args:
-        runs: Run folders of one task, measured on one split.
+        runs: Run folders of one task, fitted on one partition, measured on one split.
 
     Returns:
         Columns run, kind, seeds, metric, split (the reported one), val, reported (means over the seeds),
@@ -37,7 +37,7 @@ def results_table(runs: Sequence[Path]) -> pd.DataFrame:
         (whether this fusion is best on val).
 
     Raises:
-        RunError: A run folder is incomplete, or the runs differ in task, split or level.
+        RunError: A run folder is incomplete, or the runs differ in task, partition, split or level.
     """
     return tabulate(group_seeds(open_runs(runs)))
 
@@ -68,9 +68,20 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
         for split in ("val", reported_split(run)):
             require(f"{path}, {split},", metrics.get(split, {}), [main_metric(run)])
     check_alike("task", {run.path: run.info["task"] for run in runs})
+    check_alike("partition", {run.path: run.partition for run in runs})
     for name in ("split", "level"):
         check_alike(f"evaluate.{name}", {run.path: run.metrics["evaluate"][name] for run in runs})
     return runs
+
+
+def predictions(run: Run, columns: list[str]) -> pd.DataFrame:
+    """These columns of a run's predictions, one row per tile of the reported split."""
+    path = run.path / "predictions.parquet"
+    if not path.is_file():
+        raise RunError(f"{path} is missing; {REMEDY}")
+    table = pd.read_parquet(path)
+    require(path, table, ["split", *columns])
+    return table.loc[table["split"] == reported_split(run), columns].reset_index(drop=True)
 
 
 def require(path: Path | str, found: Any, names: list[str]) -> None:
@@ -81,7 +92,7 @@ def require(path: Path | str, found: Any, names: list[str]) -> None:
 
 
 def check_alike(what: str, values: dict[Path, Any]) -> None:
-    """Refuse runs that cannot be compared: of no or several tasks, splits or levels."""
+    """Refuse runs that cannot be compared: of no or several tasks, partitions, splits or levels."""
     first: dict[Any, Path] = {}
     for path, value in values.items():
         first.setdefault(value, path)

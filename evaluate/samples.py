@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from satdifuser.fuse.train import labelled
 from satdifuser.store.encoding import Floats
 from satdifuser.store.reader import FeatureStore, Indices
 
@@ -20,20 +19,19 @@ TILES_PER_READ = 16
 
 @dataclass(frozen=True)
 class Samples:
-    """Features and labels of tiles or pixels: each input's (N, C) float32, and (N,) labels."""
+    """Features and labels of tiles or pixels."""
 
-    features: dict[Input, Floats]
-    labels: NDArray[np.int64]
+    features: dict[Input, Floats]  # (N, C) of each input
+    labels: NDArray[np.int64]  # (N,), or (N, classes) zeros and ones
 
     def joined(self, inputs: list[Input]) -> Floats:
         """Features of several inputs side by side, (N, sum of C)."""
         return np.concatenate([self.features[key] for key in inputs], axis=1)
 
 
-def gather_samples(store: FeatureStore, split: str, seed: int) -> Samples:
-    """Pooled features of a split's tiles, or for masks those of pixels drawn at random from each tile."""
-    rows = labelled(store, split)
-    if store.attributes.task == "classification":
+def gather_samples(store: FeatureStore, rows: Indices, seed: int) -> Samples:
+    """Pooled features of some tiles, or for masks those of pixels drawn at random from each tile."""
+    if store.attributes.task != "segmentation":
         return Samples(pooled_features(store, rows), np.asarray(store.targets(rows), np.int64))
     return _pixel_samples(store, rows, np.random.default_rng(seed))
 

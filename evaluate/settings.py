@@ -13,6 +13,7 @@ class EvaluateSettings(Settings):
     """What is measured, on which split, with which certainty."""
 
     split: Literal["train", "val", "test"] = "test"
+    metrics: Literal["ours", "reference"] = "ours"
     bootstrap: PositiveInt = 1000
     level: Annotated[float, Field(gt=0, lt=1)] = 0.95
     seed: NonNegativeInt = 0

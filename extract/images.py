@@ -86,9 +86,10 @@ def _band_positions(tile: Tile, bands: Sequence[int | str] | None) -> list[int]:
         if count == 3:
             return [0, 1, 2]
         path = tile.record.path
+        place = f"{path}, tile" if path else "tile"
         convert = "convert it to RGB, or " if path.lower().endswith((".jpg", ".jpeg", ".png")) else ""
         raise ImageError(
-            f"{path}, tile {tile.record.tile_id}: {held}, expected 3; {convert}name red, green and blue with "
+            f"{place} {tile.record.tile_id}: {held}, expected 3; {convert}name red, green and blue with "
             "source.bands, by number from 1 or by description, e.g. [3, 2, 1]"
         )
     return [_band_position(tile, band, held) for band in bands]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from satdifuser.extract.settings import (
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.store.reader import FeatureStore, is_store
 from satdifuser.store.schema import (
+    DEFAULT_PARTITION,
     Attributes,
     Hashes,
     LayerInfo,
@@ -42,6 +44,7 @@ from satdifuser.store.schema import (
 from satdifuser.store.settings import StoreSettings
 
 CPU_BATCH, GPU_BATCH = 8, 32
+PARTITION_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,22 @@ def tile_size(records: Sequence[TileRecord]) -> tuple[int, int]:
     return first.size
 
 
+def partition_names(records: Sequence[TileRecord]) -> list[str]:
+    """Names of the partitions that a source's tiles are in; one of a source without any is the default one.
+
+    Raises:
+        SourceError: a name cannot be that of an array.
+    """
+    names = list(records[0].partitions) or [DEFAULT_PARTITION]
+    for name in names:
+        if not PARTITION_NAME.fullmatch(name):
+            raise SourceError(
+                f"partition {name!r}: a store keeps each partition under its name, which must begin with a "
+                "letter or digit and hold letters, digits, '.', '_' and '-' only; rename the partition's file"
+            )
+    return names
+
+
 def plan_layers(
     job: Job, info: BackboneInfo, size: tuple[int, int]
 ) -> tuple[tuple[int, int], list[LayerInfo]]:
@@ -143,7 +162,9 @@ def new_attributes(
     planned = Hashes(
         feature=canonical_hash(identity),
         contents=contents_hash(ids, timesteps, layers),
-        labels=canonical_hash([list(source.classes), [[r.tile_id, r.split, r.label] for r in records]]),
+        labels=canonical_hash(
+            [list(source.classes), [[r.tile_id, dict(r.partitions) or r.split, r.label] for r in records]]
+        ),
     )
     return Attributes(
         store_id=uuid.uuid4().hex,
@@ -152,6 +173,8 @@ def new_attributes(
         task=source.task,
         classes=list(source.classes),
         ignore_value=source.ignore_value,
+        partition=getattr(job.source_settings, "partition", DEFAULT_PARTITION),
+        partitions=partition_names(records),
         tiles=len(records),
         left_out=source.left_out,
         tile_size=size,

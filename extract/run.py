@@ -34,6 +34,7 @@ from satdifuser.store.schema import LayerInfo, group_layers
 from satdifuser.store.writer import Encoded, StoreWriter, TileRow, open_or_create
 
 SHOWN_SKIPPED = 10
+LABEL_TYPES = {"classification": np.int32, "multilabel": np.uint8}
 
 
 def extract(job: Job, out: Path, overwrite: bool = False) -> FeatureStore:
@@ -131,7 +132,8 @@ def read_row(job: Job, source: Source, record: TileRecord) -> tuple[TileRow, Pre
     Raises:
         ImageError: it cannot be used, and ``on_error`` is not skip.
     """
-    row = TileRow(record.tile_id, record.split, record.path, file_state=file_state(record))  # before the read
+    state = file_state(record)  # before the read
+    row = TileRow(record.tile_id, record.split, record.path, file_state=state, partitions=record.partitions)
     try:
         tile = source.read(record)
         prepared = to_rgb(tile, job.images)
@@ -140,8 +142,8 @@ def read_row(job: Job, source: Source, record: TileRecord) -> tuple[TileRow, Pre
             raise
         return replace(row, skip_reason=str(error)), None
     target: Any = tile.mask
-    if source.task == "classification" and record.label is not None:
-        target = np.array(record.label, np.int32)
+    if record.label is not None and source.task in LABEL_TYPES:
+        target = np.array(record.label, LABEL_TYPES[source.task])
     row = replace(
         row,
         date=record.date,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BeforeValidator,
     Field,
+    JsonValue,
     NonNegativeInt,
     PositiveInt,
     ValidationInfo,
@@ -110,6 +111,28 @@ class GeobenchSettings(ImageSettings):
     partition: str = "default"
 
 
+class PythonSettings(ImageSettings):
+    """A torch data set, or anything alike, that the user's own code makes."""
+
+    kind: Literal["python"]
+    target: str
+    kwargs: dict[str, JsonValue] = Field(default={})  # JSON, as the store keeps them
+    splits: dict[Literal["train", "val", "test", "none"], dict[str, JsonValue]] | None = Field(
+        default=None, min_length=1
+    )
+    split: SplitShares = SplitShares()
+    classes: list[str] | None = Field(default=None, min_length=1)
+    ignore_index: int = 255
+
+    @field_validator("target")
+    @classmethod
+    def check_target(cls, target: str) -> str:
+        words = target.replace(":", ".").split(".")
+        if target.count(":") != 1 or not all(map(str.isidentifier, words)):
+            raise ValueError("expected package.module:name, the name of a data set's class or of a function")
+        return target
+
+
 class SyntheticSettings(Settings):
     """Generated land-cover scenes: no data needed."""
 
@@ -122,7 +145,7 @@ class SyntheticSettings(Settings):
 
 
 SourceSettings = Annotated[
-    FolderSettings | GeobenchSettings | PairsSettings | ScenesSettings | SyntheticSettings,
+    FolderSettings | GeobenchSettings | PairsSettings | PythonSettings | ScenesSettings | SyntheticSettings,
     Field(discriminator="kind"),
 ]
 

@@ -39,7 +39,8 @@ class Conditions:
 class SatUNet(UNet2DConditionModel):  # type: ignore[misc]
     """DiffusionSat's U-Net with its metadata embeddings; without them it is `UNet2DConditionModel`."""
 
-    @wraps(UNet2DConditionModel.__init__)  # diffusers reads the signature to know the fields of config.json
+    # diffusers reads the signature to know the fields of config.json
+    @wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
         width = self.config.block_out_channels[0]

@@ -28,7 +28,6 @@ class Variant:
 
     num_res_blocks: int = 1
     temperature: float = 1.0
-    reference_slicing: bool = False
     decoder_channels: int | None = None  # None: in proportion to the projection
 
 
@@ -138,7 +137,7 @@ def build_fusion(
             norm_groups,
             blocks,
             temperature=variant.temperature,
-            reference_slicing=variant.reference_slicing,
+            reference_slicing=settings.reference_slicing,
         )
     return MoEFusion(
         channels,

@@ -1,7 +1,8 @@
 """Checkpoints of the authors' released code become runs of ours, and back; docs/fidelity.md tables the names.
 
 A checkpoint says nothing of its layers' places in the U-Net, its classes' order or the features' origin, so
-it becomes a run for one store, after all that can be compared has been.
+it becomes a run for one store, named at once or at the first evaluation, after all that can be compared has
+been.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from satdifuser.errors import RunError
 from satdifuser.fuse.fusion import MoEFusion
-from satdifuser.fuse.network import Variant
+from satdifuser.fuse.network import HEADS, Variant
 from satdifuser.fuse.reference_checks import TASKS, check_store, check_tensors
-from satdifuser.fuse.reference_file import ReferenceConfig, read_checkpoint
+from satdifuser.fuse.reference_file import (
+    ReferenceCheckpoint,
+    ReferenceConfig,
+    parse_config,
+    read_checkpoint,
+)
 from satdifuser.fuse.run_folder import CHECKPOINT_FILE, METRICS_FILE, RUN_FILE, Run, load_weights, save_run
 from satdifuser.fuse.settings import FitSettings, FusionName, Task
 from satdifuser.fuse.train import describe_run, new_network
@@ -24,16 +31,21 @@ from satdifuser.store.reader import FeatureStore
 
 FUSIONS: dict[str, FusionName] = {"gw": "global", "lw": "localized", "moe": "moe"}
 WARMUP_STEPS: dict[Task, int] = {"classification": 300, "multilabel": 300, "segmentation": 500}
+WAITING = "reference"
+"""Kind of a run that was imported without a store."""
 FORWARDS = "fusion.forwards"  # the released code does not save it
 
 
-def import_reference(checkpoint: Path, store: FeatureStore, out: Path, overwrite: bool = False) -> Run:
+def import_reference(
+    checkpoint: Path, out: Path, store: FeatureStore | None = None, overwrite: bool = False
+) -> Run:
     """Turn a checkpoint of the authors' training script into a run, to be measured and used like any other.
 
     Args:
         checkpoint: The torch file.
-        store: A store of the features that the checkpoint was trained on, or of other tiles' features.
         out: The run's folder.
+        store: A store of the features that the checkpoint was trained on, or of other tiles' features;
+            without one the run waits for the first store that it is evaluated on.
         overwrite: Replace the run that is at `out`.
 
     Raises:
@@ -43,6 +55,45 @@ def import_reference(checkpoint: Path, store: FeatureStore, out: Path, overwrite
     if not overwrite and any((out / name).exists() for name in (RUN_FILE, CHECKPOINT_FILE)):
         raise RunError(f"{out}: holds a run; write to another folder, or replace it with --overwrite")
     found = read_checkpoint(checkpoint)
+    info, state = (_waiting(found), found.state) if store is None else _fitted_to(found, store)
+    for stale in (CHECKPOINT_FILE, METRICS_FILE):
+        (out / stale).unlink(missing_ok=True)
+    return save_run(out, info | {"name": out.name}, _sections(found, store), state)
+
+
+def _sections(found: ReferenceCheckpoint, store: FeatureStore | None) -> dict[str, Any]:
+    """The settings.yaml of an imported run."""
+    fit = {"fit": fit_settings(found.config).model_dump(mode="json")}
+    return fit if store is None else fit | store.attributes.settings
+
+
+def _waiting(found: ReferenceCheckpoint) -> dict[str, Any]:
+    """The run.json of a checkpoint that no store has completed yet; its tensors keep the released names."""
+    task = TASKS[found.config.task]
+    return {
+        "format_version": 1,
+        "kind": WAITING,
+        "task": task,
+        "fusion": FUSIONS[found.config.fuser],
+        "head": HEADS[task],
+        "seed": found.config.seed,
+        "reference": _origin(found, []),
+    }
+
+
+def _origin(found: ReferenceCheckpoint, notes: list[str]) -> dict[str, Any]:
+    return {
+        "file": found.path.name,
+        "sha256": found.sha256,
+        "epoch": found.epoch,
+        "global_step": found.global_step,
+        "config": found.values,
+        "notes": notes,
+    }
+
+
+def _fitted_to(found: ReferenceCheckpoint, store: FeatureStore) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The run.json and the weights of a checkpoint as a run for a store, after all checks."""
     notes = check_store(found, store)
     settings, variant = fit_settings(found.config), network_variant(found.config)
     network = new_network(store, settings, settings.fusion[0], variant)
@@ -52,23 +103,35 @@ def import_reference(checkpoint: Path, store: FeatureStore, out: Path, overwrite
         network.fusion.forwards.fill_(settings.warmup_steps)  # evaluation counts there, so it was long over
     state = network.state_dict()
     info = describe_run(store, settings, settings.fusion[0], found.config.seed, network, state) | {
-        "name": out.name,
         "history": [],
         "best_epoch": 0,
         "seconds": 0.0,
         "variant": asdict(variant),
-        "reference": {
-            "file": checkpoint.name,
-            "sha256": found.sha256,
-            "epoch": found.epoch,
-            "global_step": found.global_step,
-            "config": found.values,
-            "notes": notes,
-        },
+        "reference": _origin(found, notes),
     }
-    for stale in (CHECKPOINT_FILE, METRICS_FILE):
-        (out / stale).unlink(missing_ok=True)
-    return save_run(out, info, {"fit": settings.model_dump(mode="json")} | store.attributes.settings, state)
+    return info, state
+
+
+def complete(run: Run, store: FeatureStore) -> Run:
+    """Make a run that was imported without a store one for this store, in its own folder.
+
+    Raises:
+        StoreError: shards are missing.
+        RunError: the run does not fit the store, or its weights are damaged.
+    """
+    origin = run.info["reference"]
+    found = ReferenceCheckpoint(
+        path=run.path,
+        sha256=origin["sha256"],
+        epoch=origin["epoch"],
+        global_step=origin["global_step"],
+        config=parse_config(run.path, origin["config"]),
+        values=origin["config"],
+        state=load_weights(run)[0],
+    )
+    info, state = _fitted_to(found, store)
+    named = {"name": run.path.name, "reference": info["reference"] | {"file": origin["file"]}}
+    return save_run(run.path, info | named, _sections(found, store), state)
 
 
 def export_reference(run: Run) -> dict[str, Tensor]:
@@ -109,6 +172,7 @@ def fit_settings(config: ReferenceConfig) -> FitSettings:
         weight_decay=config.op_weight_decay,
         seeds=[config.seed or 0],
         normalise=False,
+        reference_slicing=True,
     )
 
 
@@ -117,6 +181,5 @@ def network_variant(config: ReferenceConfig) -> Variant:
     return Variant(
         num_res_blocks=config.num_res_blocks,
         temperature=config.gating_tempature,
-        reference_slicing=True,
         decoder_channels=config.channels,
     )

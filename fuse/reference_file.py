@@ -17,8 +17,10 @@ from typing import Any, Literal
 
 import torch
 from pydantic import (
+    AliasChoices,
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -61,7 +63,7 @@ class ReferenceConfig(BaseModel):
     task: Literal["classification", "multi_label_classification", "segmentation"]
     fuser: Literal["gw", "lw", "moe"]
     num_classes: PositiveInt
-    class_names: list[str] | None = None
+    class_names: list[str] | None = Field(None, validation_alias=AliasChoices("class_names", "class_list"))
 
     projection_dim: PositiveInt = 384
     num_norm_groups: PositiveInt = 32

@@ -24,6 +24,7 @@ from safetensors.numpy import load, save
 from satdifuser.errors import RunError
 from satdifuser.fuse.data import Statistics
 from satdifuser.store.files import write_durably
+from satdifuser.store.schema import DEFAULT_PARTITION
 
 RUN_FILE, MODEL_FILE, SETTINGS_FILE, CHECKPOINT_FILE, METRICS_FILE = (
     "run.json",
@@ -41,6 +42,11 @@ class Run:
 
     path: Path
     info: dict[str, Any]
+
+    @property
+    def partition(self) -> str:
+        """The partition of the store whose tiles it was fitted on; older runs knew the default one only."""
+        return str(self.info.get("partition", DEFAULT_PARTITION))
 
     @property
     def metrics(self) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class FitSettings(Settings):
     """Which networks are trained from a store, and how."""
 
     task: Task | Literal["auto"] = "auto"
+    partition: str = "auto"
     fusion: list[FusionName] = Field(default=["global", "localized", "moe"], min_length=1)
     head: HeadName | Literal["auto"] = "auto"
     projection: PositiveInt | Literal["auto"] = "auto"
@@ -71,6 +72,7 @@ class FitSettings(Settings):
     patience: PositiveInt = 10
     seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
     normalise: bool = True
+    reference_slicing: bool = False
     memory_gb: NonNegativeFloat = 4.0
     device: str = "auto"
 

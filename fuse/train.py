@@ -36,15 +36,15 @@ from satdifuser.fuse.run_folder import (
     save_run,
 )
 from satdifuser.fuse.settings import FitSettings, FusionName
+from satdifuser.store.layout import UNLABELLED
 from satdifuser.store.reader import FeatureStore, Indices
 from satdifuser.store.schema import differing_fields
 
-UNLABELLED = -1
-MAIN_METRIC = {"classification": "accuracy", "segmentation": "miou"}
+MAIN_METRIC = {"classification": "accuracy", "multilabel": "f1_micro", "segmentation": "miou"}
 """What is best of a task: decides on val which epoch, probe or run is chosen."""
 
 Prediction = tuple[NDArray[np.float32], NDArray[np.int64]]
-"""Probabilities (B, classes) or (B, classes, H, W), and targets (B,) or (B, H, W)."""
+"""Probabilities (B, classes) or (B, classes, H, W), and targets (B,), (B, classes) or (B, H, W)."""
 Measure = Callable[[FeatureStore, Iterator[Prediction]], dict[str, float]]
 """Turns the predictions of a split into metrics; handed in, since `evaluate` builds on this room."""
 
@@ -72,7 +72,7 @@ def fit(
     Raises:
         StoreError: shards are missing, or a split is empty.
         RunError: another run is at `out`.
-        SettingsError: the store has no targets, or others than the settings ask for.
+        SettingsError: the store has no targets or not those, or not the partition, that the settings ask for.
     """
     check_task(store, settings)
     identity = run_identity(store, settings, fusion, seed)
@@ -113,6 +113,7 @@ def check_task(store: FeatureStore, settings: FitSettings) -> None:
 def run_identity(store: FeatureStore, settings: FitSettings, fusion: FusionName, seed: int) -> dict[str, Any]:
     """What a run must share with another to be the same one."""
     shaping = settings.model_dump(mode="json", exclude={"fusion", "seeds", "memory_gb", "device"})
+    shaping["partition"] = store.choose_partition(settings.partition)
     return {"fusion": fusion, "seed": seed, "settings": shaping, "store": store.hashes().model_dump()}
 
 
@@ -151,8 +152,8 @@ class Training:
     def __init__(self, store: FeatureStore, settings: FitSettings, fusion: FusionName, seed: int) -> None:
         self.store, self.settings, self.fusion, self.seed = store, settings, fusion, seed
         budget = settings.memory_gb * 1e9
-        self.train = MapLoader(store, labelled(store, "train"), budget)
-        self.val = MapLoader(store, labelled(store, "val"), budget)
+        self.train = MapLoader(store, labelled(store, "train", settings.partition), budget)
+        self.val = MapLoader(store, labelled(store, "val", settings.partition), budget)
         self.statistics = self.train.statistics() if settings.normalise else None
         torch.manual_seed(seed)
         self.device = choose_device(settings.device)
@@ -169,9 +170,11 @@ class Training:
         began = time.monotonic()
         loss = self._train_epoch(epoch)
         metrics = measure(self.store, predict(self.network, self.val, self.settings, self.statistics))
-        value = metrics[MAIN_METRIC[str(self.store.attributes.task)]]
+        task = str(self.store.attributes.task)
+        value = metrics[MAIN_METRIC[task]]
         if not math.isfinite(value):
-            raise RunError(f"{self.store.path}: split 'val' holds no labelled pixel to choose an epoch by")
+            lacking = "tile with a class" if task == "multilabel" else "labelled pixel"
+            raise RunError(f"{self.store.path}: split 'val' holds no {lacking} to choose an epoch by")
         self.epoch = epoch + 1
         if value > self.best_value:
             self.best_value, self.best_epoch = value, self.epoch
@@ -202,8 +205,7 @@ class Training:
         if targets is None:
             raise SettingsError(f"{self.store.path}: holds no targets to fit to")
         targets = targets.to(self.device)
-        size = None if targets.ndim == 1 else (targets.shape[-2], targets.shape[-1])
-        logits, _ = self.network(to_device(maps, self.device), size)
+        logits, _ = self.network(to_device(maps, self.device), mask_size(targets))
         return loss(logits, targets, self.store.attributes.ignore_value)
 
     def state(self) -> dict[str, Any]:
@@ -260,6 +262,7 @@ def describe_run(
     a = store.attributes
     projection, norm_groups = choose_widths(channels_by_stride(store), settings)
     head = HEADS[a.task] if a.task else None
+    partition = store.choose_partition(settings.partition)
     return {
         "format_version": 1,
         "kind": "fusion",
@@ -267,6 +270,7 @@ def describe_run(
         "fusion": fusion,
         "head": head,
         "seed": seed,
+        "partition": partition,
         "classes": a.classes,
         "ignore_value": a.ignore_value,
         "timesteps": a.timesteps,
@@ -275,6 +279,7 @@ def describe_run(
         "fit": settings.model_dump(mode="json"),
         "resolved": {
             "task": a.task,
+            "partition": partition,
             "head": head,
             "projection": projection,
             "norm_groups": norm_groups,
@@ -297,15 +302,22 @@ def mixing_weights(store: FeatureStore, state: Mapping[str, Tensor]) -> dict[str
 
 
 def loss(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
-    """Mean cross-entropy over the targets that are not ignored.
+    """Mean cross-entropy over the targets that are not ignored; binary for each class of a multilabel task.
 
     Args:
         logits: (B, classes) or (B, classes, H, W) float32.
-        targets: (B,) or (B, H, W) int64.
+        targets: (B,) or (B, H, W) int64; or zeros and ones of the logits' shape, none of which is ignored.
         ignore: The target that counts for nothing.
     """
+    if targets.shape == logits.shape:
+        return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
     total = F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum")
     return total / (targets != ignore).sum().clamp(min=1)  # a batch may hold ignored pixels only
+
+
+def mask_size(targets: Tensor) -> tuple[int, int] | None:
+    """Height and width of masks (B, H, W); None for labels."""
+    return None if targets.ndim < 3 else (targets.shape[-2], targets.shape[-1])
 
 
 def training_order(tiles: int, batch_size: int, seed: list[int]) -> NDArray[np.intp]:
@@ -314,16 +326,19 @@ def training_order(tiles: int, batch_size: int, seed: list[int]) -> NDArray[np.i
     return order[:-1] if tiles > 1 and tiles % batch_size == 1 else order
 
 
-def labelled(store: FeatureStore, split: str) -> Indices:
-    """Rows of a split that carry a label.
+def labelled(store: FeatureStore, split: str, partition: str = "auto") -> Indices:
+    """Rows of a split of a partition that carry a label.
 
     Raises:
-        StoreError: there is none.
+        SettingsError: the store does not hold the partition.
+        StoreError: the split holds no tile.
+        RunError: none of its tiles has a label.
     """
-    rows = store.select(split)
-    if store.attributes.task != "classification":
+    rows, task = store.select(split, partition), store.attributes.task
+    if task not in UNLABELLED:
         return rows
-    kept: Indices = rows[np.asarray(store.targets(rows)) != UNLABELLED]
+    labels = np.asarray(store.targets(rows)).reshape(len(rows), -1)  # a multilabel tile has all or none
+    kept: Indices = rows[labels[:, 0] != UNLABELLED[task]]
     if not len(kept):
         raise RunError(f"{store.path}: no tile of split {split!r} has a label")
     return kept
@@ -373,9 +388,9 @@ def predict(
     for maps, targets, _ in loader.batches(order, settings.batch_size, statistics):
         if targets is None:
             raise SettingsError(f"{loader.store.path}: holds no targets to compare with")
-        size = None if targets.ndim == 1 else (targets.shape[-2], targets.shape[-1])
-        logits, _ = network(to_device(maps, device), size)
-        yield logits.softmax(1).cpu().numpy(), targets.numpy()
+        logits, _ = network(to_device(maps, device), mask_size(targets))
+        probabilities = logits.sigmoid() if targets.shape == logits.shape else logits.softmax(1)
+        yield probabilities.cpu().numpy(), targets.numpy()
 
 
 def to_device(maps: FeatureMaps, device: torch.device) -> FeatureMaps:

@@ -27,6 +27,13 @@ ROW_TEXT_FIELDS = (
 )
 TEXT_FIELDS = (*ROW_TEXT_FIELDS, "digest")
 SPLITS = ("none", "train", "val", "test")  # index = stored code
+UNLABELLED = {"classification": -1, "multilabel": 255}  # value of every label of a tile without one
+
+
+def target_array(task: str | None) -> str | None:
+    """Name of the array that holds a task's targets; None where there are none."""
+    names = {"classification": "label", "multilabel": "labels", "segmentation": "mask"}
+    return None if task is None else f"targets/{names[task]}"
 
 
 def create_arrays(root: zarr.Group, attributes: Attributes) -> None:
@@ -57,14 +64,18 @@ def _create_tiles(root: zarr.Group, attributes: Attributes) -> None:
     _table(root, "tiles/padded", attributes, (), "bool", False, ())
     statistics = (len(attributes.colour_statistics),)
     _table(root, "tiles/colour", attributes, statistics, "float32", np.nan, ("statistic",))
-    split = _table(root, "tiles/partitions/default", attributes, (), "uint8", 0, ())
-    split.attrs["flag_values"] = list(range(len(SPLITS)))
-    split.attrs["flag_meanings"] = " ".join(SPLITS)
+    for name in attributes.partitions:
+        split = _table(root, f"tiles/partitions/{name}", attributes, (), "uint8", 0, ())
+        split.attrs["flag_values"] = list(range(len(SPLITS)))
+        split.attrs["flag_meanings"] = " ".join(SPLITS)
 
 
 def _create_targets(root: zarr.Group, attributes: Attributes) -> None:
     if attributes.task == "classification":
-        _table(root, "targets/label", attributes, (), "int32", -1, ())
+        _table(root, "targets/label", attributes, (), "int32", UNLABELLED["classification"], ())
+    elif attributes.task == "multilabel":
+        classes, fill = (len(attributes.classes),), UNLABELLED["multilabel"]
+        _table(root, "targets/labels", attributes, classes, "uint8", fill, ("class",))
     elif attributes.task == "segmentation":
         fill = attributes.ignore_value
         mask = _table(root, "targets/mask", attributes, attributes.tile_size, "uint8", fill, ("y", "x"))

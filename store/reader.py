@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from satdifuser.errors import SettingsError, StoreError, suggest
 from satdifuser.store.encoding import Floats, content_digest, decode
-from satdifuser.store.layout import SPLITS, TEXT_FIELDS
+from satdifuser.store.layout import SPLITS, TEXT_FIELDS, target_array
 from satdifuser.store.metadata import is_store
 from satdifuser.store.schema import Hashes, bytes_per_tile, group_layers, labels_hash
 from satdifuser.store.shards import Indices, ShardedStore
@@ -34,7 +34,7 @@ class Batch:
     """Some tiles with everything a training step needs.
 
     ``features`` maps a group name (``stride_08``) to (B, T, L, C, H, W) float32, finest stride first;
-    ``targets`` is (B,) int32 labels, (B, H, W) uint8 masks, or None.
+    ``targets`` is (B,) int32 labels, (B, classes) uint8 zeros and ones, (B, H, W) uint8 masks, or None.
     """
 
     features: dict[str, Floats]
@@ -100,16 +100,19 @@ class FeatureStore(ShardedStore):
 
     @cached_property
     def tiles(self) -> pd.DataFrame:
-        """One row per extracted tile: id, split, label, path, place, date, valid share, colour statistics.
+        """One row per extracted tile: id, split, label (or class names), path, place, date, valid share.
 
-        The index is the tile's row in the store's arrays.
+        The split is that of the partition in use. The index is the tile's row in the store's arrays.
         """
         import pandas as pd
 
         table = pd.DataFrame({name: self._text(name) for name in TEXT_FIELDS})
-        table.insert(1, "split", np.array(SPLITS)[self.table("tiles/partitions/default")])
+        table.insert(1, "split", self.splits())
         if self.attributes.task == "classification":
             table.insert(2, "label", self.table("targets/label"))
+        if self.attributes.task == "multilabel":
+            classes = np.array(self.attributes.classes)
+            table.insert(2, "labels", [";".join(classes[row == 1]) for row in self.table("targets/labels")])
         bounds = self.table("tiles/bounds")
         for column, name in enumerate(("left", "bottom", "right", "top")):
             table[name] = bounds[:, column]
@@ -120,25 +123,47 @@ class FeatureStore(ShardedStore):
 
     def partitions(self) -> list[str]:
         """Names of the partitions held."""
-        return sorted(file.parent.name for file in (self.path / "tiles/partitions").glob("*/zarr.json"))
+        return list(self.attributes.partitions)
 
-    def split_counts(self) -> dict[str, int]:
-        """Tiles per split; apart from them, those skipped and those not yet extracted."""
+    def choose_partition(self, name: str = "auto") -> str:
+        """The partition of that name; for ``auto`` the one that the store's source was asked for.
+
+        Raises:
+            SettingsError: the store does not hold it.
+        """
+        held = self.partitions()
+        if name == "auto":
+            return self.attributes.partition
+        if name not in held:
+            raise SettingsError(
+                f"fit.partition: {self.path} holds no partition {name!r}; it holds {', '.join(held)}"
+                f"{suggest(name, held)}"
+            )
+        return name
+
+    def splits(self, partition: str = "auto") -> NDArray[np.str_]:
+        """Each tile's split in a partition, (N,)."""
+        codes: NDArray[np.uint8] = self.table(f"tiles/partitions/{self.choose_partition(partition)}")
+        return np.array(SPLITS)[codes]
+
+    def split_counts(self, partition: str = "auto") -> dict[str, int]:
+        """Tiles per split of a partition; apart from them, those skipped and those not yet extracted."""
         usable = self.tiles[self.tiles.skip_reason == ""]
-        counts = usable.split.value_counts()
-        named = {name: int(counts.get(name, 0)) for name in SPLITS}
+        splits = self.splits(partition)[usable.index].tolist()
+        named = {name: splits.count(name) for name in SPLITS}
         named["skipped"] = len(self.tiles) - len(usable)
         named["not yet extracted"] = self.attributes.tiles - len(self.tiles)
         return {name: count for name, count in named.items() if count}
 
-    def splits_text(self) -> str:
+    def splits_text(self, partition: str = "auto") -> str:
         """The same in words: "12 train, 4 val"."""
-        return ", ".join(f"{count} {name}" for name, count in self.split_counts().items())
+        return ", ".join(f"{count} {name}" for name, count in self.split_counts(partition).items())
 
-    def select(self, split: str | None = None) -> Indices:
-        """Rows of the tiles that have features, of one split or of all.
+    def select(self, split: str | None = None, partition: str = "auto") -> Indices:
+        """Rows of the tiles that have features, of one split of a partition or of all.
 
         Raises:
+            SettingsError: there is no split or partition of that name.
             StoreError: shards are missing, or the split holds no tile.
         """
         self.require_complete()
@@ -146,19 +171,19 @@ class FeatureStore(ShardedStore):
             raise SettingsError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
         chosen = self.tiles.skip_reason == ""
         if split is not None:
-            chosen &= self.tiles.split == split
+            chosen &= self.splits(partition) == split
         rows = np.flatnonzero(chosen)
         if not len(rows):
             raise StoreError(
-                f"{self.path}: no tile in split {split!r}; the store holds {self.splits_text()}; name one "
-                "that is held, or extract again from a source whose splits differ"
+                f"{self.path}: no tile in split {split!r}; the store holds {self.splits_text(partition)}; "
+                "name one that is held, or extract again from a source whose splits differ"
             )
         return rows
 
     def targets(self, rows: Indices) -> NDArray[np.generic] | None:
-        """Labels (B,) int32 or masks (B, H, W) uint8 of some rows; None where there are no targets."""
-        name = {"classification": "label", "segmentation": "mask", None: None}[self.attributes.task]
-        return None if name is None else self.gather(f"targets/{name}", rows)
+        """Labels (B,) int32, labels (B, classes) uint8 or masks (B, H, W) uint8 of some rows, or None."""
+        name = target_array(self.attributes.task)
+        return None if name is None else self.gather(name, rows)
 
     def colour(self, rows: Indices) -> Floats:
         """Colour statistics (B, statistic) float32 of some rows."""

@@ -11,12 +11,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from satdifuser.store.settings import Encoding, Settings
 
 FORMAT_VERSION = 1
 ATTRIBUTE_KEY = "satdifuser"
+DEFAULT_PARTITION = "default"
 MAX_TILES_PER_SHARD = 64
 MAX_SHARD_BYTES = 512 * 10**6
 DECODE_FORMULA = (
@@ -43,15 +44,17 @@ class Hashes(Settings):
 
 
 class Attributes(Settings):
-    """Everything a store declares about itself."""
+    """Everything a store declares about itself; `partition` is the one its source was asked for."""
 
     format_version: Literal[1] = 1
     store_id: str
     created: str
     software: dict[str, str]
-    task: Literal["classification", "segmentation"] | None
+    task: Literal["classification", "multilabel", "segmentation"] | None
     classes: list[str]
     ignore_value: int
+    partition: str = DEFAULT_PARTITION
+    partitions: list[str] = Field(default=[DEFAULT_PARTITION], min_length=1)
     tiles: PositiveInt
     left_out: NonNegativeInt
     tile_size: tuple[PositiveInt, PositiveInt]

@@ -28,7 +28,9 @@ def describe_store(store: FeatureStore) -> dict[str, Any]:
         "tile_size": list(a.tile_size),
         "left_out": a.left_out,
         "skipped": dict(zip(skipped.tile_id, skipped.skip_reason, strict=True)),
+        "partition": a.partition,
         "splits": store.split_counts(),
+        "partitions": {name: store.split_counts(name) for name in store.partitions()},
         "task": a.task,
         "classes": a.classes,
         "timesteps": a.timesteps,
@@ -53,6 +55,11 @@ def format_store(store: FeatureStore) -> str:
     ]
     lines += ["", f"created    {facts['created']} by satdifuser {facts['software'].get('satdifuser')}"]
     lines += [f"{name:10} {value}" for name, value in facts["hashes"].items()]
+    if len(store.partitions()) > 1:
+        lines += [
+            f"partition  {name}{' (in use)' * (name == facts['partition'])}: {store.splits_text(name)}"
+            for name in store.partitions()
+        ]
     lines += [f"digest     {facts['content_digest'] or 'none: shards are missing'}"]
     lines += [
         f"metadata   {count} tiles without {name}"

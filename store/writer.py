@@ -12,7 +12,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from satdifuser.errors import StoreError
 from satdifuser.store.encoding import Floats, tile_digests
 from satdifuser.store.files import DurableStore, remove_orphans, sync_folder
-from satdifuser.store.layout import ROW_TEXT_FIELDS, SPLITS, create_arrays
+from satdifuser.store.layout import ROW_TEXT_FIELDS, SPLITS, create_arrays, target_array
 from satdifuser.store.metadata import is_store, seal
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import ATTRIBUTE_KEY, Attributes, differing_fields
@@ -49,8 +49,9 @@ class TileRow:
     padded: bool = False
     skip_reason: str = ""  # why the tile has no features; "" where it has
     colour: Floats | None = None  # (statistic,)
-    target: NDArray[np.generic] | None = None  # () int32 label or (H, W) uint8 mask
+    target: NDArray[np.generic] | None = None  # () int32 label, (classes,) uint8 labels or (H, W) uint8 mask
     preview: NDArray[np.uint8] | None = None  # (H, W, 3)
+    partitions: Mapping[str, str] = field(default_factory=dict)  # split in each, if the store holds several
 
     @property
     def target_digest(self) -> str:
@@ -107,6 +108,10 @@ def _check_same(path: Path, existing: Attributes, attributes: Attributes) -> Non
         if getattr(existing, name) != getattr(attributes, name):
             fields.append(f"{name}: {_brief(existing, name)}, asked for {_brief(attributes, name)}")
     listing = ["the tiles' ids, splits or labels differ"] if not fields else []
+    if any(line.startswith("source.partition:") for line in fields):
+        listing.append(
+            "(fit.partition chooses among the partitions that this store holds: no need to extract again)"
+        )
     raise StoreError(
         f"{path}: this store was made with other settings:\n  "
         + "\n  ".join(fields + listing)
@@ -198,17 +203,18 @@ class StoreWriter:
         missing = np.full(len(self.attributes.colour_statistics), np.nan, np.float32)
         colour = [missing if row.colour is None else row.colour for row in rows]
         self._array("tiles/colour")[here] = np.stack(colour)
-        codes = [SPLITS.index(row.split) for row in rows]
-        self._array("tiles/partitions/default")[here] = np.array(codes, np.uint8)
+        for name in self.attributes.partitions:
+            codes = [SPLITS.index(row.partitions.get(name, row.split)) for row in rows]
+            self._array(f"tiles/partitions/{name}")[here] = np.array(codes, np.uint8)
         if self.attributes.previews:
             empty = np.zeros((*self.attributes.tile_size, 3), np.uint8)
             previews = [empty if row.preview is None else row.preview for row in rows]
             self._array("previews/rgb")[here] = np.stack(previews)
 
     def _write_targets(self, here: slice, rows: Sequence[TileRow]) -> None:
-        name = {"classification": "label", "segmentation": "mask", None: None}[self.attributes.task]
+        name = target_array(self.attributes.task)
         if name is not None:
-            array = self._array(f"targets/{name}")
+            array = self._array(name)
             blank = np.full(array.shape[1:], array.fill_value, array.dtype)
             array[here] = np.stack([blank if row.target is None else row.target for row in rows])
 

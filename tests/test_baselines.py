@@ -17,12 +17,12 @@ from satdifuser.errors import RunError
 from satdifuser.evaluate.baselines import (
     NAMES,
     STRENGTHS,
-    LinearProbe,
     choose_on_val,
     fit_baselines,
     predict_masks,
 )
 from satdifuser.evaluate.evaluation import is_evaluated
+from satdifuser.evaluate.probes import LinearProbe, MultilabelProbe
 from satdifuser.evaluate.samples import Samples, gather_samples
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse.run_folder import Run, open_run
@@ -47,7 +47,7 @@ def make_store(path: Path, task: str, test_seed: int = 0) -> FeatureStore:
     """Write a store; `test_seed` changes everything about the test tiles and nothing else.
 
     The first channel of the fine layer is the class, of a tile or of each of its 4 x 4 cells; the rest is
-    noise. A corner of each mask is not labelled.
+    noise. A corner of each mask is not labelled. Of several classes per tile, the class and all below it are.
     """
     attributes = store_attributes(
         task=task,
@@ -78,7 +78,7 @@ def make_tile(
 ) -> tuple[TileRow, dict[str, NDArray[np.float32]]]:
     random = np.random.default_rng([index, test_seed if split == "test" else 0])
     cells = random.integers(0, CLASSES, (4, 4))
-    if task == "classification":
+    if task != "segmentation":
         cells[:] = cells[0, 0]
     maps = {
         layer.name: random.normal(size=(layer.channels, layer.height, layer.width)).astype(np.float32)
@@ -91,7 +91,11 @@ def make_tile(
         f"t{index:02}",
         split,
         colour=random.random(2).astype(np.float32),
-        target=np.array(cells[0, 0], np.int32) if task == "classification" else mask,
+        target={
+            "classification": np.array(cells[0, 0], np.int32),
+            "multilabel": (np.arange(CLASSES) <= cells[0, 0]).astype(np.uint8),
+            "segmentation": mask,
+        }[task],
         preview=random.integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8),
     )
     return row, maps
@@ -125,6 +129,20 @@ def test_the_affine_form_gives_the_same_probabilities(seen: list[int], classes: 
     assert (softmax[:, unseen] == 0).all()
 
 
+def test_classes_that_never_vary_in_training_keep_their_share() -> None:
+    random = np.random.default_rng(0)
+    features = random.normal(size=(40, 3)).astype(np.float32)
+    labels = np.stack([features[:, 0] > 0, np.zeros(40), np.ones(40)], axis=1).astype(np.int64)
+    probe = MultilabelProbe(features, labels, 3, strength=1.0)
+    found = probe.probabilities(features)
+    assert ((found[:, 0] >= 0.5) == labels[:, 0]).mean() > 0.9
+    assert (found[:, 1:] == [0, 1]).all()
+    single = LinearProbe(features, labels[:, 0], 2, strength=1.0)
+    np.testing.assert_allclose(found[:, 0], single.probabilities(features)[:, 1])
+    assert (probe.parameters, probe.converged) == (4, True)
+    assert MultilabelProbe(features, labels[:, 1:], 2, strength=1.0).parameters == 0
+
+
 def test_inputs_and_strength_are_chosen_on_val(store: FeatureStore) -> None:
     """One input is perfect in training and noise on val; the other is fair in both."""
     random = np.random.default_rng(0)
@@ -145,7 +163,7 @@ def test_inputs_and_strength_are_chosen_on_val(store: FeatureStore) -> None:
         choose_on_val(store, samples, [])
 
 
-@pytest.mark.parametrize("task", ["classification", "segmentation"])
+@pytest.mark.parametrize("task", ["classification", "multilabel", "segmentation"])
 def test_baselines_never_see_test(task: str, tmp_path: Path) -> None:
     """Two stores that differ in their test tiles only give the same models and the same figures on val."""
     found = []
@@ -166,23 +184,24 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def test_pixels_are_drawn_where_there_is_a_label_with_the_features_there(mask_store: FeatureStore) -> None:
-    samples = gather_samples(mask_store, "train", seed=0)
+    train = mask_store.select("train")
+    samples = gather_samples(mask_store, train, seed=0)
     assert samples.features[FINE].shape == (12 * 64, 3)
     assert samples.features[COARSE].shape == (12 * 64, 2)
     np.testing.assert_array_equal(samples.features[FINE][:, 0], samples.labels)
     assert set(samples.labels) == set(range(CLASSES))
-    again = gather_samples(mask_store, "train", seed=0)
+    again = gather_samples(mask_store, train, seed=0)
     np.testing.assert_array_equal(samples.labels, again.labels)
-    assert (samples.labels != gather_samples(mask_store, "train", seed=1).labels).any()
+    assert (samples.labels != gather_samples(mask_store, train, seed=1).labels).any()
 
 
 def test_masks_predicted_at_each_layers_own_size_equal_those_of_enlarged_features(
     mask_store: FeatureStore,
 ) -> None:
     inputs = [FINE, COARSE]
-    probe = probe_of(gather_samples(mask_store, "train", seed=0), inputs)
-    ((probabilities, targets),) = predict_masks(mask_store, probe, inputs, "val")
+    probe = probe_of(gather_samples(mask_store, mask_store.select("train"), seed=0), inputs)
     rows = mask_store.select("val")
+    ((probabilities, targets),) = predict_masks(mask_store, probe, inputs, rows)
     maps = mask_store.maps(rows)
     enlarged = [
         F.interpolate(torch.from_numpy(maps[group][:, 0, 0]), (SIZE, SIZE), mode="bilinear")

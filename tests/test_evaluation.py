@@ -72,6 +72,9 @@ def make_store(
     maps[:, 0, 0, 0] += known
     masks = coarse.repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8)
     targets: list[Any] = list(labels.astype(np.int32)) if task == "classification" else list(masks)
+    if task == "multilabel":
+        targets = list((np.arange(classes) <= labels[:, None]).astype(np.uint8))
+        targets[0] = targets[-1] = np.full(classes, 255, np.uint8)  # not labelled
     rows = [
         TileRow(f"t{i:02}", split, colour=np.zeros(1, np.float32), target=np.asarray(target))
         for i, (split, target) in enumerate(zip(splits, targets, strict=True))
@@ -116,7 +119,7 @@ def test_metrics_say_what_was_measured_and_how(run: Run) -> None:
     named = [metrics[name] for name in ("task", "fusion", "head", "seed", "selected_on")]
     assert named == ["classification", "global", "linear", 0, "val"]
     assert metrics["store_fingerprint"] == "f"
-    assert metrics["evaluate"] == {"split": "test", "bootstrap": 10, "level": 0.95, "seed": 0, "pictures": 3}
+    assert metrics["evaluate"] == QUICK.model_dump(mode="json", exclude={"baselines"})
     assert metrics["val"] == pytest.approx(run.info["history"][0]["val"])
     figures = set(metrics["val"])
     assert set(metrics["test"]) == {*figures, "interval"}
@@ -153,7 +156,15 @@ def test_a_run_is_measured_once_for_the_same_settings(
 
 
 @pytest.mark.parametrize(
-    "change", [{"split": "val"}, {"bootstrap": 11}, {"level": 0.5}, {"seed": 1}, {"pictures": 4}]
+    "change",
+    [
+        {"split": "val"},
+        {"metrics": "reference"},
+        {"bootstrap": 11},
+        {"level": 0.5},
+        {"seed": 1},
+        {"pictures": 4},
+    ],
 )
 def test_other_settings_are_measured_again(
     run: Run, store: FeatureStore, measured: list[EvaluateSettings], change: dict[str, Any]
@@ -228,6 +239,7 @@ def test_a_run_folder_holds_its_resolved_settings(store: FeatureStore, tmp_path:
     run = fit(store, automatic, "global", 0, tmp_path / "run", measure)
     assert open_run(run.path).info["resolved"] == {
         "task": "classification",
+        "partition": "default",
         "head": "linear",
         "projection": 96,
         "norm_groups": 8,
@@ -244,6 +256,31 @@ def test_a_run_folder_holds_its_resolved_settings(store: FeatureStore, tmp_path:
 def test_a_val_split_without_labels_is_refused(store: FeatureStore, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="split 'val' holds no labelled pixel to choose an epoch by"):
         fit(store, FIT, "global", 0, tmp_path / "run", lambda _, __: {"accuracy": float("nan")})
+
+
+def test_several_classes_per_tile_are_learned_and_measured(tmp_path: Path) -> None:
+    """The features' first channel tells all classes; tiles without labels are left out everywhere."""
+    store = make_store(tmp_path / "s.zarr", "multilabel")
+    longer = FIT.model_copy(update={"epochs": 30, "lr": 0.02, "patience": 30})
+    run = fit(store, longer, "global", 0, tmp_path / "run", measure)
+    metrics = evaluate_run(run.path, None, QUICK)
+    scores = [epoch["val"]["f1_micro"] for epoch in run.info["history"]]
+    assert scores[run.info["best_epoch"] - 1] == max(scores) == metrics["val"]["f1_micro"]
+    assert metrics["test"]["f1_micro"] > 0.8
+    assert set(metrics["test"]["interval"]) == set(metrics["val"])
+    table = pd.read_parquet(run.path / "predictions.parquet")
+    assert table["tile_id"].tolist() == [f"t{i:02}" for i in range(12, 23)]
+    predicted, probabilities = np.stack(table["predicted"]), np.stack(table["probabilities"])
+    np.testing.assert_array_equal(predicted, probabilities >= 0.5)
+    truth = np.stack(table["target"])
+    assert (truth[:, 0] == 1).all()
+    assert (predicted == truth).all(axis=1).mean() == pytest.approx(metrics["test"]["accuracy"])
+
+
+def test_a_val_split_without_any_class_is_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", "multilabel")
+    with pytest.raises(RunError, match="split 'val' holds no tile with a class to choose an epoch by"):
+        fit(store, FIT, "global", 0, tmp_path / "run", lambda _, __: {"f1_micro": float("nan")})
 
 
 def test_masks_are_kept_of_tiles_spread_over_the_split(mask_store: FeatureStore, tmp_path: Path) -> None:

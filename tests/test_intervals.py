@@ -13,12 +13,14 @@ from satdifuser.evaluate import intervals
 from satdifuser.evaluate.intervals import (
     bootstrap,
     classification_intervals,
+    multilabel_intervals,
     paired_difference,
     segmentation_intervals,
 )
 from satdifuser.evaluate.metrics import (
     classification_metrics,
     classification_scores,
+    multilabel_metrics,
     segmentation_metrics,
     segmentation_scores,
 )
@@ -44,6 +46,17 @@ def test_fast_classification_equals_plain_bootstrap(metric: str) -> None:
         lambda draw: classification_metrics(target[draw], probabilities[draw])[metric], 25, resamples=50
     )
     assert classification_intervals(target, probabilities, resamples=50)[metric] == pytest.approx(plain)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1_macro", "f1_micro", "average_precision"])
+def test_fast_multilabel_equals_plain_bootstrap(metric: str) -> None:
+    generator = np.random.default_rng(0)
+    target = (generator.random((25, 4)) < [0.5, 0.2, 0.05, 0]).astype(np.int64)  # one class is never there
+    probabilities = np.round(0.7 * generator.random((25, 4)) + 0.3 * target, 1)
+    plain = bootstrap(
+        lambda draw: multilabel_metrics(target[draw], probabilities[draw])[metric], 25, resamples=50
+    )
+    assert multilabel_intervals(target, probabilities, resamples=50)[metric] == pytest.approx(plain)
 
 
 @pytest.mark.parametrize("metric", ["miou", "pixel_accuracy", "f1_macro"])

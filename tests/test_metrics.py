@@ -17,6 +17,7 @@ from satdifuser.evaluate.metrics import (
     classification_metrics,
     confusion_matrix,
     multilabel_metrics,
+    multilabel_table,
     per_class_table,
     segmentation_metrics,
     segmentation_scores,
@@ -76,6 +77,10 @@ def test_multilabel_equals_sklearn(data: st.DataObject) -> None:
         "average_precision": ap,
     }
     assert multilabel_metrics(target, probabilities) == pytest.approx(theirs)
+    table = multilabel_table(target, predicted, [f"class {c}" for c in range(shape[1])])
+    each = sk.precision_recall_fscore_support(target, predicted, zero_division=np.nan)
+    for name, values in zip(["precision", "recall", "f1", "support"], each, strict=True):
+        np.testing.assert_allclose(table[name], np.asarray(values, float))
 
 
 @given(masks())

@@ -10,21 +10,24 @@ import pytest
 import yaml
 
 from satdifuser.errors import SettingsError
+from satdifuser.extract.geobench_datasets import SCALES
 from satdifuser.extract.settings import (
     FolderSettings,
     GeobenchSettings,
     ImageSettings,
     PairsSettings,
+    PythonSettings,
     ScenesSettings,
     SyntheticSettings,
 )
-from satdifuser.pipeline import Pipeline, load_pipeline
+from satdifuser.pipeline import Pipeline, load_pipeline, packaged_presets
 from satdifuser.store.settings import Settings
 
 KINDS: dict[str, type[ImageSettings]] = {
     "folder": FolderSettings,
     "geobench": GeobenchSettings,
     "pairs": PairsSettings,
+    "python": PythonSettings,
     "scenes": ScenesSettings,
 }
 
@@ -74,7 +77,7 @@ def test_commented_blocks_equal_the_defaults_of_every_source_kind() -> None:
 def test_every_settings_model_is_written_out() -> None:
     shown = {SyntheticSettings, *KINDS.values()}
     shown |= {type(value) for _, value in Pipeline() if isinstance(value, Settings)}
-    sections = {model.__name__ for model in shown} | {"SplitShares"}  # `split: {…}` stands in the blocks
+    sections = {model.__name__ for model in shown} | {"SplitShares", "JsonValue"}  # parts of the blocks
     assert set(Pipeline.model_json_schema()["$defs"]) == sections
 
 
@@ -169,7 +172,7 @@ def test_missing_field_and_broken_rules() -> None:
         "source.split: train 0.8 + val 0.2 + test 0.2 must be 1, got 1.2"
     )
     assert "name each value once, got 0 twice or more" in refusal("fit.seeds=[0, 0]")
-    assert "'folder', 'geobench', 'pairs', 'scenes', 'synthetic'" in refusal("source.kind=foldr")
+    assert "'folder', 'geobench', 'pairs', 'python', 'scenes', 'synthetic'" in refusal("source.kind=foldr")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,9 @@ def test_naming_the_same_kind_keeps_its_keys(tmp_path: Path) -> None:
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere.yaml"
-    assert refusal(file=nowhere) == f"{nowhere}: no such pipeline file"
+    assert refusal(file=nowhere).startswith(
+        f"{nowhere}: no such pipeline file, and no such preset; presets are"
+    )
     assert ": not a readable YAML file: " in refusal(file=write(tmp_path, "fit: [1"))
     assert refusal(file=tmp_path) == (
         f"{tmp_path}: is a folder, expected a pipeline file (YAML); to extract the images in a folder use "
@@ -225,3 +230,50 @@ def test_scale_may_be_a_fraction() -> None:
     for wrong in ("1/0", "a/b"):
         text = refusal(*base, f"source.scale={wrong}")
         assert f"source.scale = '{wrong}': expected a number or a fraction such as 1/4095" in text
+
+
+# --- presets
+
+
+@pytest.mark.parametrize("name", sorted(packaged_presets()))
+def test_every_preset_is_valid_and_opens_with_its_command(name: str) -> None:
+    pipeline = load_pipeline(Path(name))
+    lines = packaged_presets()[name].read_text().splitlines()
+    assert lines[1].startswith(f"# satdifuser run {name} --set source.")
+    fit, extract = pipeline.fit, pipeline.extract
+    assert (extract.noising, extract.latent, extract.prediction) == ("inversion", "sample", "epsilon")
+    assert (fit.epochs, fit.lr, fit.warmup_epochs, fit.final_lr, fit.patience) == (40, 0.01, 5, 1e-5, 10)
+    assert (fit.projection, fit.experts, fit.top_k, fit.normalise) == (384, 8, 2, False)
+
+
+def test_presets_of_the_benchmark_are_those_of_its_data_sets() -> None:
+    presets = {name: load_pipeline(Path(name)) for name in packaged_presets() if "/" in name}
+    assert {f"geobench/{name}" for name in SCALES} == presets.keys()
+    segments = (
+        "m-pv4ger-seg",
+        "m-nz-cattle",
+        "m-NeonTree",
+        "m-cashew-plant",
+        "m-SA-crop-type",
+        "m-chesapeake",
+    )
+    for name, pipeline in presets.items():
+        assert isinstance(pipeline.source, GeobenchSettings)
+        assert pipeline.source.dataset == name.split("/")[1]
+        assert pipeline.fit.batch_size == (16 if pipeline.source.dataset in segments else 32)
+
+
+def test_a_file_in_the_working_folder_wins_over_a_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reference").write_text("fit: {epochs: 3}")
+    assert load_pipeline(Path("reference")).fit.epochs == 3
+
+
+def test_no_such_preset() -> None:
+    message = (
+        r"geobench/m-eurosta: no such pipeline file, and no such preset; did you mean geobench/m-eurosat"
+    )
+    with pytest.raises(SettingsError, match=message):
+        load_pipeline(Path("geobench/m-eurosta"))

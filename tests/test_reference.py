@@ -31,7 +31,7 @@ from satdifuser.fuse.heads import LinearHead, UPerNetHead
 from satdifuser.fuse.network import Network
 from satdifuser.fuse.reference import export_reference, import_reference
 from satdifuser.fuse.reference_file import ReferenceConfig, read_checkpoint
-from satdifuser.fuse.run_folder import open_run
+from satdifuser.fuse.run_folder import load_weights, open_run
 from satdifuser.fuse.settings import FitSettings
 from satdifuser.fuse.train import fit, load_network
 from satdifuser.store.encoding import encode
@@ -225,6 +225,31 @@ def test_a_checkpoint_becomes_a_run_that_evaluate_measures(
             np.testing.assert_array_equal(saved["predicted"], expected[4:].argmax(1))
 
 
+def test_a_checkpoint_without_a_store_waits_for_its_first_one(
+    store: FeatureStore, stores: dict[str, FeatureStore], tmp_path: Path
+) -> None:
+    file, out, at_once = save(make_checkpoint("moe"), tmp_path / "c.pth"), tmp_path / "run", tmp_path / "once"
+    assert call("import-reference", file, "--out", out).exit_code == 0
+    done = call("evaluate", out)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert f"{out}: was imported without a store; name one: `satdifuser evaluate {out} STORE`" in done.stderr
+    done = call("evaluate", out, stores["segmentation"].path)
+    assert (done.exit_code, "was trained for classification, but" in done.stderr) == (1, True)
+    assert call("evaluate", out, store.path, "--set", "evaluate.bootstrap=5").exit_code == 0
+    import_reference(file, at_once, store)
+    found, expected = open_run(out).info, open_run(at_once).info
+    assert found | {"name": "", "seconds": 0} == expected | {"name": "", "seconds": 0}
+    assert load_weights(open_run(out))[0].keys() == load_weights(open_run(at_once))[0].keys()
+    assert call("evaluate", out, "--set", "evaluate.bootstrap=6").exit_code == 0  # now it knows its store
+
+
+def test_class_list_is_another_name_of_class_names(store: FeatureStore, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(class_names=None)
+    checkpoint["config"] |= {"class_list": ["x", "y", "z"]}
+    with pytest.raises(RunError, match=r"its classes are x, y, z, but those of"):
+        import_reference(save(checkpoint, tmp_path / "c.pth"), tmp_path / "run", store)
+
+
 @pytest.mark.parametrize("case", ["B_cls_gw", "B_seg_gw"])
 def test_recorded_logits_of_the_released_code(case: str, shared: Path, tmp_path: Path) -> None:
     arguments = json.loads((shared / f"golden/B/{case}.json").read_text())["kwargs"]
@@ -247,7 +272,7 @@ def test_recorded_logits_of_the_released_code(case: str, shared: Path, tmp_path:
     state = {name[6:]: torch.from_numpy(a) for name, a in arrays.items() if name.startswith("state/")}
     config = {"task": task, "fuser": "gw"} | {k: v for k, v in arguments.items() if k != "feature_dims"}
     file = save({"config": config, "decoder_net": state}, tmp_path / "c.pth")
-    run = import_reference(file, store, tmp_path / "run")
+    run = import_reference(file, tmp_path / "run", store)
     found = logits(load_network(run, store)[0], all_maps(store), tile_size if segments else None)
     golden = arrays["out/logits"]
     assert np.abs(found.numpy() - golden).max() <= 1e-4 * np.abs(golden).max()
@@ -255,7 +280,7 @@ def test_recorded_logits_of_the_released_code(case: str, shared: Path, tmp_path:
 
 def test_a_run_tells_where_it_came_from(store: FeatureStore, tmp_path: Path) -> None:
     file = save(make_checkpoint("moe", class_names=None), tmp_path / "best.pth")
-    run = import_reference(file, store, tmp_path / "run")
+    run = import_reference(file, tmp_path / "run", store)
     info = open_run(run.path).info
     assert set(RUN_FIELDS) <= set(info)
     assert (info["kind"], info["fusion"], info["head"], info["seed"]) == ("fusion", "moe", "linear", 42)
@@ -294,7 +319,7 @@ def test_features_that_were_made_in_another_way_are_noted(tmp_path: Path) -> Non
 
 
 def test_an_imported_run_stands_beside_a_fitted_one(store: FeatureStore, tmp_path: Path) -> None:
-    theirs = import_reference(save(make_checkpoint(), tmp_path / "c.pth"), store, tmp_path / "theirs")
+    theirs = import_reference(save(make_checkpoint(), tmp_path / "c.pth"), tmp_path / "theirs", store)
     settings = FitSettings(projection=PROJECTION, norm_groups=32, epochs=1, device="cpu")
     ours = fit(store, settings, "global", 0, tmp_path / "ours", measure)
     for run in (theirs, ours):
@@ -308,7 +333,7 @@ def test_weights_go_back_under_the_released_names(
     fuser: str, task: str, stores: dict[str, FeatureStore], tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint(fuser, task)
-    run = import_reference(save(checkpoint, tmp_path / "c.pth"), stores[task], tmp_path / "run")
+    run = import_reference(save(checkpoint, tmp_path / "c.pth"), tmp_path / "run", stores[task])
     given_back = export_reference(run)
     assert given_back.keys() == checkpoint["decoder_net"].keys()
     assert all(torch.equal(given_back[name], value) for name, value in checkpoint["decoder_net"].items())
@@ -338,7 +363,7 @@ def test_settings_as_omegaconf_saves_them_are_read_without_it(
     file = save(checkpoint, tmp_path / "c.pth")
     for name in [name for name in sys.modules if name.split(".")[0] == "omegaconf"]:
         monkeypatch.setitem(sys.modules, name, None)
-    run = import_reference(file, store, tmp_path / "run")
+    run = import_reference(file, tmp_path / "run", store)
     assert run.info["reference"]["config"] == CONFIG | {"fuser": "lw"}
     assert run.info["fusion"] == "localized"
 
@@ -482,7 +507,7 @@ def test_a_store_that_does_not_fit(
 ) -> None:
     file = save(make_checkpoint(**changes), tmp_path / "c.pth")
     with pytest.raises(RunError, match=rf"c\.pth: {said}"):
-        import_reference(file, store, tmp_path / "run")
+        import_reference(file, tmp_path / "run", store)
     assert not (tmp_path / "run").exists()
 
 
@@ -502,16 +527,16 @@ def test_a_store_that_does_not_fit(
 def test_a_store_of_other_layers(fuser: str, said: str, tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", layers=LAYERS[:2])
     with pytest.raises(RunError, match=said):
-        import_reference(save(make_checkpoint(fuser), tmp_path / "c.pth"), store, tmp_path / "run")
+        import_reference(save(make_checkpoint(fuser), tmp_path / "c.pth"), tmp_path / "run", store)
 
 
 def test_a_store_without_targets_or_unfinished(store: FeatureStore, tmp_path: Path) -> None:
     file, bare = save(make_checkpoint(), tmp_path / "c.pth"), make_store(tmp_path / "s.zarr", task=None)
     with pytest.raises(RunError, match=r"was trained for classification, but .* holds no targets"):
-        import_reference(file, bare, tmp_path / "run")
+        import_reference(file, tmp_path / "run", bare)
     (bare.path / "commits/c/0").unlink()
     with pytest.raises(StoreError):
-        import_reference(file, FeatureStore(bare.path), tmp_path / "run")
+        import_reference(file, tmp_path / "run", FeatureStore(bare.path))
 
 
 @pytest.mark.parametrize(
@@ -522,18 +547,18 @@ def test_tensors_that_do_not_fit_are_named(name: str, store: FeatureStore, tmp_p
     tensor = whole["decoder_net"].pop(name)
     lacking = rf"c\.pth: decoder_net is not what its config describes: lacks {name}"
     with pytest.raises(RunError, match=rf"{lacking}; expected weights and settings of one training"):
-        import_reference(save(whole, file), store, tmp_path / "run")
+        import_reference(save(whole, file), tmp_path / "run", store)
     whole["decoder_net"] |= {f"{name}_ema": tensor}
     with pytest.raises(RunError, match=rf"{lacking}, holds unknown {name}_ema; expected"):
-        import_reference(save(whole, file), store, tmp_path / "run")
+        import_reference(save(whole, file), tmp_path / "run", store)
     whole["decoder_net"] = make_checkpoint()["decoder_net"] | {name: tensor[..., None]}
     with pytest.raises(RunError, match=rf"describes: {name} is \[.*, 1\], expected \["):
-        import_reference(save(whole, file), store, tmp_path / "run")
+        import_reference(save(whole, file), tmp_path / "run", store)
 
 
 def test_a_run_in_the_way_is_kept_unless_told(store: FeatureStore, tmp_path: Path) -> None:
     file, out = save(make_checkpoint(), tmp_path / "c.pth"), tmp_path / "run"
-    import_reference(file, store, out)
+    import_reference(file, out, store)
     evaluate_run(out, None, EvaluateSettings(bootstrap=5))
     done = call("import-reference", file, store.path, "-o", out)
     assert (done.exit_code, done.stderr) == (

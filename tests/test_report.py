@@ -23,7 +23,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from satdifuser.errors import ImageError, RunError
-from satdifuser.evaluate.metrics import classification_metrics, confusion_matrix, segmentation_metrics
+from satdifuser.evaluate.metrics import (
+    classification_metrics,
+    confusion_matrix,
+    multilabel_metrics,
+    segmentation_metrics,
+)
 from satdifuser.evaluate.pictures import (
     colour_distance,
     colour_mask,
@@ -35,6 +40,7 @@ from satdifuser.evaluate.pictures import (
 )
 from satdifuser.evaluate.report import ReportStore, write_report
 from satdifuser.evaluate.results import format_table, results_table
+from satdifuser.fuse.train import MAIN_METRIC
 
 CLASSES = ["forest", "river & lake", "<b>city</b>", "bare soil"]
 LAYERS = [f"up_blocks.{i}.{part}" for i in (1, 2) for part in ("attentions.0.attn1", "resnets.0.conv2")]
@@ -50,12 +56,16 @@ def fake_run(folder: Path, **changes: Any) -> Path:
         timesteps=[21, 61, 161],
         layers=[{"name": name, "channels": 64, "stride": 8} for name in LAYERS],
         history=[
-            {"epoch": e, "train_loss": 2 / e, "val": {"accuracy": skill - 0.3 / e, "miou": skill - 0.3 / e}}
+            {"epoch": e, "train_loss": 2 / e, "val": dict.fromkeys(MAIN_METRIC.values(), skill - 0.3 / e)}
             for e in range(1, 9)
         ],
     )
     info |= changes
-    predict = fake_classification if info["task"] == "classification" else fake_segmentation
+    predict = {
+        "classification": fake_classification,
+        "multilabel": fake_multilabel,
+        "segmentation": fake_segmentation,
+    }[info["task"]]
     folder.mkdir(parents=True)
     table, reported = predict(folder, np.random.default_rng(seed), skill)
     table.assign(split=split).to_parquet(folder / "predictions.parquet")
@@ -78,6 +88,17 @@ def fake_classification(
     table["predicted"] = probabilities.argmax(axis=1)
     table["probabilities"] = list(probabilities)
     return table, classification_metrics(target, probabilities)
+
+
+def fake_multilabel(
+    folder: Path, generator: np.random.Generator, skill: float
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    target = generator.integers(0, 2, (TILES, 4))
+    target[0] = 0
+    probabilities = np.where(generator.random((TILES, 4)) < skill, target, 1 - target).astype(np.float32)
+    table = pd.DataFrame({"tile_id": [f"tile_{i:03}" for i in range(TILES)], "target": list(target)})
+    table["predicted"], table["probabilities"] = list(probabilities.astype(np.int64)), list(probabilities)
+    return table, multilabel_metrics(target, probabilities)
 
 
 def fake_segmentation(
@@ -185,6 +206,30 @@ def test_segmentation_page_shows_the_worst_tiles_first(segmentation_runs: list[P
     assert len(page.all("img")) == 18
     assert "not labelled" in page.words
     assert "The command that made it" not in page.words
+
+
+def test_multilabel_page_tables_each_class_and_names_classes(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "moe_0", task="multilabel", fusion="moe")
+    page = Page(write_report([run], tmp_path / "r.html", "Labels", fake_store()))
+    assert len(page.all("svg")) == 2  # two curves: no confusion matrix
+    assert "Confusion matrix" not in page.words
+    assert "say which classes each tile holds" in page.words
+    assert "f1_micro: over all tiles and classes together" in page.words
+    assert "Support is the number of test tiles of the class." in page.words
+    assert re.search(r"class\s*support\s*precision\s*recall\s*f1\s*forest\s*\d+\s*0\.\d+", page.words)
+    mistakes, right = page.words.split("Some with every class right")
+    cards = re.findall(r"truth: (.+)\s+predicted: (.+)\s+(tile_\d+)", mistakes)
+    table = pd.read_parquet(run / "predictions.parquet").set_index("tile_id")
+    wrong = [(table["target"][name] != table["predicted"][name]).sum() for _, _, name in cards]
+    assert wrong == sorted(wrong, reverse=True)
+    assert wrong[-1] > 0
+    names = np.array(CLASSES)
+    for truth, guess, name in cards:
+        assert truth == (", ".join(names[table["target"][name] == 1]) or "none")
+        assert guess == (", ".join(names[table["predicted"][name] == 1]) or "none")
+    pairs = re.findall(r"truth: (.+)\s+predicted: (.+)", right)
+    assert pairs
+    assert all(truth == guess for truth, guess in pairs)
 
 
 def test_mistakes_come_first_and_most_confident_first(

@@ -121,6 +121,7 @@ def test_a_figure_without_interval_has_a_dash(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"task": "segmentation"}, r"/b/metrics.json, val, has no miou; measure the run again: `satdifuser"),
+        ({"partition": "0.01x_train"}, r"runs of one partition, got: .*/a \(default\), .*/b \(0.01x_train\)"),
         ({"evaluate": {"split": "val"}}, r"runs of one evaluate.split, got: .*/a \(test\), .*/b \(val\); "),
         ({"evaluate": {"level": 0.9}}, r"runs of one evaluate.level, got: .*/a \(0.95\), .*/b \(0.9\); name"),
     ],

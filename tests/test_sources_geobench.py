@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import sys
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import h5py
@@ -17,7 +14,7 @@ import numpy as np
 import pytest
 from affine import Affine
 from click.testing import CliRunner
-from rasterio.crs import CRS
+from made_up_geobench import AERIAL, CLASSES, S2, Bench, fake_geobench
 
 from satdifuser.cli import cli
 from satdifuser.errors import ImageError, SettingsError, SourceError
@@ -26,104 +23,11 @@ from satdifuser.extract.settings import GeobenchSettings, image_settings
 from satdifuser.extract.sources import Source, TileRecord, list_tiles, open_source
 from satdifuser.extract.sources.geobench_files import parse_partition
 
-S2 = ["01 - Coastal aerosol", "02 - Blue", "03 - Green", "04 - Red", "05 - Vegetation Red Edge", "08 - NIR"]
-AERIAL = ["Red", "Green", "Blue"]
-CLASSES = ["wood", "field", "town"]
-DATE = datetime(2018, 6, 1)
-PLACE = {"transform": Affine(10, 0, 500000, 0, -10, 5200000), "crs": CRS.from_epsg(32632)}
-
 
 @pytest.fixture
-def package(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Fake modules of the benchmark's package, under its present name unless a test asks for a former one."""
-    package: str = getattr(request, "param", "geobench")
-    made: dict[str, list[str]] = {
-        "dataset": ["SpectralBand", "Sentinel2", "SegmentationClasses"],
-        "label": ["Classification", "MultiLabelClassification", "Regression"],
-        "task": ["TaskSpecifications"],
-    }
-    for name in (package.split(".")[0], package):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    for module, classes in made.items():
-        full = f"{package}.{module}"
-        monkeypatch.setitem(sys.modules, full, ModuleType(full))
-        for name in classes:
-            setattr(sys.modules[full], name, type(name, (), {"__module__": full}))
-    return package
-
-
-@pytest.fixture
-def make(package: str) -> Callable[..., Any]:
-    """Make an instance of one of the fake classes."""
-
-    def make_one(place: str, **state: Any) -> Any:
-        module, name = place.split(".")
-        made = getattr(sys.modules[f"{package}.{module}"], name)()
-        made.__dict__.update(state)
-        return made
-
-    return make_one
-
-
-class Bench:
-    """A data set that a test writes, in the layout of the benchmark's package."""
-
-    def __init__(self, root: Path, make: Callable[..., Any]) -> None:
-        self.root, self.make = root, make
-        self.folder = root / "classification_v1.0" / "m-eurosat"
-        self.folder.mkdir(parents=True)
-        self.task("label.Classification", n_classes=3, _class_names=CLASSES)
-        self.partition("default", train=["a", "b"], valid=["c"], test=["d"])
-        self.partition("0.50x_train", train=["b"], valid=["c"], test=["d"])
-        for number, name in enumerate("abcd"):
-            self.sample(name, label=number % 3)
-
-    def task(self, kind: str, **state: Any) -> None:
-        specs = self.make("task.TaskSpecifications", label_type=self.make(kind, **state), patch_size=(1, 1))
-        (self.folder / "task_specs.pkl").write_bytes(pickle.dumps(specs, protocol=4))
-
-    def partition(self, partition: str, **splits: list[str]) -> None:
-        (self.folder / f"{partition}_partition.json").write_text(json.dumps(splits))
-
-    def path(self, name: str) -> Path:
-        return self.folder / f"{name}.hdf5"
-
-    def sample(self, name: str, names: list[str] = S2, mask: Any = None, **content: Any) -> np.ndarray:
-        """Write a sample of random digital numbers; return them as (B, H, W)."""
-        rng = np.random.default_rng(ord(name[0]))
-        pixels = rng.integers(0, 3000, (len(names), 6, 8)).astype(np.int16)
-        bands = {
-            f"{band}_2018-06-01": (array, self.band(band)) for band, array in zip(names, pixels, strict=True)
-        }
-        if mask is not None:
-            info = self.make("dataset.SegmentationClasses", name="label", n_classes=3)
-            bands["label"] = (mask, {"band_info": info, "date": None, "transform": None, "crs": None})
-        self.write(name, {key: array for key, (array, _) in bands.items()}, {
-            **content, **{key: note for key, (_, note) in bands.items()}, "bands_order": list(bands),
-        })  # fmt: skip
-        return pixels
-
-    def band(self, name: str) -> dict[str, Any]:
-        info = self.make("dataset.Sentinel2", name=name, alt_names=(name[:2], name.split(" ")[-1].lower()))
-        return {
-            "band_info": info,
-            "date": DATE,
-            "date_id": DATE,
-            "spatial_resolution": np.float64(10),
-            **PLACE,
-        }
-
-    def write(self, name: str, arrays: dict[str, Any], content: Any) -> None:
-        with h5py.File(self.path(name), "w") as file:
-            for key, array in arrays.items():
-                file.create_dataset(key, data=array)
-            file.attrs["pickle"] = str(pickle.dumps(content))
-
-    def settings(self, **settings: Any) -> GeobenchSettings:
-        return GeobenchSettings(kind="geobench", **({"root": self.root, "dataset": "m-eurosat"} | settings))
-
-    def open(self, **settings: Any) -> Source:
-        return open_source(self.settings(**settings))
+def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """What makes instances of the benchmark's classes; a test may ask for its package's former names."""
+    return fake_geobench(monkeypatch, getattr(request, "param", "geobench"))
 
 
 @pytest.fixture
@@ -148,7 +52,7 @@ def by_id(source: Source) -> dict[str, TileRecord]:
     return {record.tile_id: record for record in list_tiles(source)}
 
 
-@pytest.mark.parametrize("package", ["geobench", "geobench.io", "ccb.io"], indirect=True)
+@pytest.mark.parametrize("make", ["geobench", "geobench.io", "ccb.io"], indirect=True)
 def test_samples_carry_label_place_date_and_the_splits_of_every_partition(bench: Bench) -> None:
     source = bench.open()
     records = list_tiles(source)
@@ -182,10 +86,10 @@ def test_pixels_are_raw_and_red_green_blue_are_found_and_scaled(bench: Bench) ->
     np.testing.assert_array_equal(tile.image, pixels)
     assert tile.image.dtype == np.int16
     assert tile.band_names == tuple(S2)
-    rgb = to_rgb(tile, image_settings(bench.settings()))
+    rgb = to_rgb(tile, image_settings(bench.settings())).rgb
     np.testing.assert_allclose(rgb, pixels[[3, 2, 1]] / 4095, rtol=1e-6)
     chosen = image_settings(bench.settings(bands=["08 - NIR", "red", 3], scale=1 / 3000))
-    np.testing.assert_allclose(to_rgb(tile, chosen), pixels[[5, 3, 2]] / 3000, rtol=1e-6)
+    np.testing.assert_allclose(to_rgb(tile, chosen).rgb, pixels[[5, 3, 2]] / 3000, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ def tile_maps(tile: int) -> dict[str, NDArray[np.float32]]:
 def tile_row(tile: int, task: str | None) -> TileRow:
     target = {
         "classification": np.array(tile % 2, np.int32),
+        "multilabel": None if tile == 0 else np.array([tile % 2, 1], np.uint8),
         "segmentation": np.full((16, 16), tile, np.uint8),
         None: None,
     }[task]
@@ -89,6 +90,7 @@ def tile_row(tile: int, task: str | None) -> TileRow:
         target=target,
         preview=np.full((16, 16, 3), tile + 1, np.uint8),
         bounds=(tile, 0, tile + 1, 1),
+        partitions={"few": "train" if tile in (0, SKIPPED) else "none"},
     )
 
 
@@ -170,6 +172,34 @@ def test_masks_and_stores_without_targets(tmp_path: Path) -> None:
     assert verify(bare, deep=True) == []
     with pytest.raises(StoreError, match=r"holds no previews; extract with store.previews: true"):
         bare.previews(KEPT)
+
+
+def test_several_classes_per_tile(tmp_path: Path) -> None:
+    store = build(tmp_path / "s.zarr", task="multilabel")
+    targets = store.targets(np.array([2, 0, 1]))
+    assert targets is not None
+    assert (targets.dtype, targets.tolist()) == (np.uint8, [[0, 1], [255, 255], [1, 1]])
+    assert store.tiles.labels.tolist() == ["", "sea;land", "land", "sea;land", "land"]
+    assert store.to_xarray()["targets/labels"].dims == ("tile", "class")
+    assert verify(store, deep=True) == []
+
+
+def test_every_partition_is_kept_and_the_one_in_use_is_the_default(tmp_path: Path) -> None:
+    several = {"partition": "few", "partitions": ["default", "few"]}
+    store = build(tmp_path / "s.zarr", **several)
+    assert (store.choose_partition(), store.partitions()) == ("few", ["default", "few"])
+    assert (store.select("train").tolist(), store.select("train", "default").tolist()) == ([0], [0, 1, 2])
+    assert store.tiles.split.tolist() == ["train", "none", "none", "train", "none"]
+    assert store.split_counts() == {"none": 3, "train": 1, "skipped": 1}
+    assert store.splits_text("default") == "3 train, 1 val, 1 skipped"
+    assert "(1 train, 3 none" not in repr(store)
+    facts = describe_store(store)
+    assert (facts["partition"], facts["splits"]) == ("few", facts["partitions"]["few"])
+    with pytest.raises(SettingsError, match="no partition 'fewer'; it holds default, few; did you mean few"):
+        store.splits("fewer")
+    one = build(tmp_path / "one.zarr")
+    assert (one.choose_partition(), one.partitions()) == ("default", ["default"])
+    assert one.hashes().labels != store.hashes().labels
 
 
 def test_pooled_features_are_exact_means_with_their_layer_and_timestep(whole: FeatureStore) -> None:

@@ -7,6 +7,7 @@ from satdifuser.extract.settings import (
     FolderSettings,
     GeobenchSettings,
     PairsSettings,
+    PythonSettings,
     ScenesSettings,
     SourceSettings,
     SyntheticSettings,
@@ -14,6 +15,7 @@ from satdifuser.extract.settings import (
 from satdifuser.extract.sources.folder import FolderSource
 from satdifuser.extract.sources.geobench import GeobenchSource
 from satdifuser.extract.sources.pairs import PairsSource
+from satdifuser.extract.sources.python_source import PythonSource
 from satdifuser.extract.sources.scenes import ScenesSource
 from satdifuser.extract.sources.splits import check_records
 from satdifuser.extract.sources.synthetic import SyntheticSource
@@ -26,13 +28,15 @@ def open_source(settings: SourceSettings) -> Source:
     """Open the source that the settings describe.
 
     Raises:
-        SettingsError: settings contradict each other, or root, splits file or class list are missing.
+        SettingsError: settings contradict each other, or root, splits file, class list or target are missing.
         SourceError: there are no images, or splits file, class list and folders are wrong.
     """
     if isinstance(settings, SyntheticSettings):
         return SyntheticSource(settings)
     if isinstance(settings, GeobenchSettings):
         return GeobenchSource(settings)
+    if isinstance(settings, PythonSettings):
+        return PythonSource(settings)
     check_root(settings)
     match settings:
         case FolderSettings():

@@ -54,12 +54,12 @@ class ClassList:
             )
         return self.names.index(name)
 
-    def indices(self, values: NDArray[np.generic], path: Path) -> NDArray[np.uint8]:
+    def indices(self, values: NDArray[np.generic], path: Path | str) -> NDArray[np.uint8]:
         """Turn the values of a mask file into class indices, ignored ones into `IGNORE`.
 
         Args:
             values: (H, W) of any numeric dtype, as stored.
-            path: The mask file, for the message.
+            path: The mask file, or what stands for it, for the message.
 
         Raises:
             ImageError: a value is neither a class id nor the ignored value.
