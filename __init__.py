@@ -50,7 +50,7 @@ def open_store(path: str | Path) -> FeatureStore:
         store.pooled(timestep=61, split="train")      # xarray (tile, channel), float32
         for batch in store.batches(split="train", batch_size=32, seed=0):
             batch.features["stride_08"]               # numpy (B, T, L, C, H, W), float32
-            batch.targets, batch.tile_ids             # labels (B,) or masks (B, H, W); B ids
+            batch.targets, batch.tile_ids             # labels (B,) or (B, classes), or masks (B, H, W); B ids
     """
     from satdifuser.store.reader import open_store
 

@@ -268,7 +268,7 @@ def report_store(store: FeatureStore, partition: str) -> ReportStore:
     extraction, source = a.settings["extract"], a.settings["source"]
     strides = ", ".join(map(str, sorted({layer.stride for layer in a.layers})))
     facts = {
-        "source": f"{source['kind']} {source.get('root', '')}".strip(),
+        "source": f"{source['kind']} {source.get('root') or source.get('target', '')}".strip(),
         "tiles": f"{a.tiles} of {a.tile_size[0]} x {a.tile_size[1]} px",
         "splits": f"{store.splits_text(partition)} (partition {partition})",
         "backbone": str(a.backbone["model"]),

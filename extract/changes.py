@@ -66,7 +66,7 @@ def refuse_changed(
         elif now.image_digest != images[row]:
             changed.append((row, f"image {records[row].path}"))
         elif now.target_digest != targets[row]:
-            changed.append((row, f"mask {records[row].mask_path}"))
+            changed.append((row, f"mask {records[row].mask_path or records[row].path}"))
     if changed:
         row, what = changed[0]
         others = f" (and {len(changed) - 1} more tiles)" if len(changed) > 1 else ""
