@@ -219,9 +219,11 @@ def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bo
     """
     from satdifuser.evaluate.baselines import fit_baselines
     from satdifuser.evaluate.evaluation import ensure_evaluated, measure
+    from satdifuser.fuse.data import TrainingData
     from satdifuser.fuse.train import check_task, fit
 
     check_task(store, pipeline.fit)
+    data = TrainingData(store, pipeline.fit)  # read once for all fusions and seeds
     runs = []
     if pipeline.evaluate.baselines:
         runs += [
@@ -231,7 +233,7 @@ def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bo
     for fusion in pipeline.fit.fusion:
         for seed in pipeline.fit.seeds:
             path = folder / f"{fusion}-seed{seed}"
-            run = fit(store, pipeline.fit, fusion, seed, path, measure, overwrite)
+            run = fit(store, pipeline.fit, fusion, seed, path, measure, overwrite, data)
             ensure_evaluated(run, store, pipeline.evaluate)
             runs.append(path)
     return runs

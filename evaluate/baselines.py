@@ -42,8 +42,9 @@ from satdifuser.evaluate.samples import (
     read_tiles,
 )
 from satdifuser.evaluate.settings import EvaluateSettings
+from satdifuser.fuse.data import labelled
 from satdifuser.fuse.run_folder import RUN_FILE, Run, open_run, save_run
-from satdifuser.fuse.train import MAIN_METRIC, Prediction, labelled
+from satdifuser.fuse.train import MAIN_METRIC, Prediction
 from satdifuser.store.encoding import Floats
 from satdifuser.store.reader import FeatureStore, Indices
 

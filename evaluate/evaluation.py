@@ -40,10 +40,10 @@ from satdifuser.evaluate.reference_metrics import (
     with_faults,
 )
 from satdifuser.evaluate.settings import EvaluateSettings
-from satdifuser.fuse.data import MapLoader
+from satdifuser.fuse.data import MapLoader, labelled
 from satdifuser.fuse.reference import WAITING, complete
 from satdifuser.fuse.run_folder import METRICS_FILE, SETTINGS_FILE, Run, open_run
-from satdifuser.fuse.train import Prediction, labelled, load_network, predict
+from satdifuser.fuse.train import Prediction, load_network, predict
 from satdifuser.store.files import write_durably
 from satdifuser.store.reader import FeatureStore, Indices, open_store
 from satdifuser.store.schema import canonical_hash, differing_fields

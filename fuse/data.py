@@ -6,14 +6,18 @@ Legend: B tiles, T timesteps, L layers of a group, C channels, H and W feature p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from satdifuser.errors import RunError
 from satdifuser.fuse.fusion import FeatureMaps
+from satdifuser.fuse.settings import FitSettings
 from satdifuser.store.encoding import Floats
+from satdifuser.store.layout import UNLABELLED
 from satdifuser.store.reader import FeatureStore, Indices, decode_groups
 
 STATISTICS_TILES = 256
@@ -65,6 +69,55 @@ class MapLoader:
             for group, held in self.store.groups.items()
         }
         return {g: _mean_and_spread(a, b, pixels[g]) for g, (a, b) in totals.items()}
+
+
+class TrainingData:
+    """The tiles that trainings of one store and partition read, each loaded when it is first asked for.
+
+    Args:
+        store: A complete store with targets.
+        settings: Its partition, and the memory for stored features of each split.
+    """
+
+    def __init__(self, store: FeatureStore, settings: FitSettings) -> None:
+        self.store, self.settings = store, settings
+
+    @cached_property
+    def train(self) -> MapLoader:
+        """The tiles to learn from."""
+        return self._load("train")
+
+    @cached_property
+    def val(self) -> MapLoader:
+        """The tiles to choose an epoch by."""
+        return self._load("val")
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Mean and spread of the features to learn from."""
+        return self.train.statistics()
+
+    def _load(self, split: str) -> MapLoader:
+        rows = labelled(self.store, split, self.settings.partition)
+        return MapLoader(self.store, rows, self.settings.memory_gb * 1e9)
+
+
+def labelled(store: FeatureStore, split: str, partition: str = "auto") -> Indices:
+    """Rows of a split of a partition that carry a label.
+
+    Raises:
+        SettingsError: the store does not hold the partition.
+        StoreError: the split holds no tile.
+        RunError: none of its tiles has a label.
+    """
+    rows, task = store.select(split, partition), store.attributes.task
+    if task not in UNLABELLED:
+        return rows
+    labels = np.asarray(store.targets(rows)).reshape(len(rows), -1)  # a multilabel tile has all or none
+    kept: Indices = rows[labels[:, 0] != UNLABELLED[task]]
+    if not len(kept):
+        raise RunError(f"{store.path}: no tile of split {split!r} has a label")
+    return kept
 
 
 Statistics = dict[str, tuple[Floats, Floats]]

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from satdifuser.errors import RunError, SettingsError
-from satdifuser.fuse.data import MapLoader, Statistics, channels_by_stride
+from satdifuser.fuse.data import MapLoader, Statistics, TrainingData, channels_by_stride
 from satdifuser.fuse.fusion import FeatureMaps
 from satdifuser.fuse.network import HEADS, OURS, Network, Variant, build_network, choose_widths
 from satdifuser.fuse.run_folder import (
@@ -36,8 +36,7 @@ from satdifuser.fuse.run_folder import (
     save_run,
 )
 from satdifuser.fuse.settings import FitSettings, FusionName
-from satdifuser.store.layout import UNLABELLED
-from satdifuser.store.reader import FeatureStore, Indices
+from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import differing_fields
 
 MAIN_METRIC = {"classification": "accuracy", "multilabel": "f1_micro", "segmentation": "miou"}
@@ -57,6 +56,7 @@ def fit(
     out: Path,
     measure: Measure,
     overwrite: bool = False,
+    data: TrainingData | None = None,
 ) -> Run:
     """Train one fusion with one seed, or go on with a training that was interrupted.
 
@@ -68,6 +68,7 @@ def fit(
         out: The run's folder; a finished run of the same settings is returned as it is.
         measure: Metrics of the predictions of a split.
         overwrite: Train anew whatever is at `out`.
+        data: What is read of the store, shared by several trainings; None reads it for this one.
 
     Raises:
         StoreError: shards are missing, or a split is empty.
@@ -78,7 +79,7 @@ def fit(
     identity = run_identity(store, settings, fusion, seed)
     if not overwrite and (done := _finished(out, identity)):
         return done
-    training = Training(store, settings, fusion, seed)
+    training = Training(store, settings, fusion, seed, data or TrainingData(store, settings))
     training.restore(None if overwrite else _unfinished(out, identity))
     name = f"fit {fusion} (seed {seed})"
     epochs = range(training.epoch, settings.epochs)
@@ -149,12 +150,17 @@ def _made(folder: Path) -> Path:
 class Training:
     """The state of one training between two epochs."""
 
-    def __init__(self, store: FeatureStore, settings: FitSettings, fusion: FusionName, seed: int) -> None:
+    def __init__(
+        self,
+        store: FeatureStore,
+        settings: FitSettings,
+        fusion: FusionName,
+        seed: int,
+        data: TrainingData,
+    ) -> None:
         self.store, self.settings, self.fusion, self.seed = store, settings, fusion, seed
-        budget = settings.memory_gb * 1e9
-        self.train = MapLoader(store, labelled(store, "train", settings.partition), budget)
-        self.val = MapLoader(store, labelled(store, "val", settings.partition), budget)
-        self.statistics = self.train.statistics() if settings.normalise else None
+        self.train, self.val = data.train, data.val
+        self.statistics = data.statistics if settings.normalise else None
         torch.manual_seed(seed)
         self.device = choose_device(settings.device)
         self.network = new_network(store, settings, fusion).to(self.device)
@@ -324,24 +330,6 @@ def training_order(tiles: int, batch_size: int, seed: list[int]) -> NDArray[np.i
     """A shuffled order of tiles; a last batch of one tile is left out, since batch norm needs two."""
     order: NDArray[np.intp] = np.random.default_rng(seed).permutation(tiles)
     return order[:-1] if tiles > 1 and tiles % batch_size == 1 else order
-
-
-def labelled(store: FeatureStore, split: str, partition: str = "auto") -> Indices:
-    """Rows of a split of a partition that carry a label.
-
-    Raises:
-        SettingsError: the store does not hold the partition.
-        StoreError: the split holds no tile.
-        RunError: none of its tiles has a label.
-    """
-    rows, task = store.select(split, partition), store.attributes.task
-    if task not in UNLABELLED:
-        return rows
-    labels = np.asarray(store.targets(rows)).reshape(len(rows), -1)  # a multilabel tile has all or none
-    kept: Indices = rows[labels[:, 0] != UNLABELLED[task]]
-    if not len(kept):
-        raise RunError(f"{store.path}: no tile of split {split!r} has a label")
-    return kept
 
 
 def new_network(

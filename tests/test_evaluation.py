@@ -29,6 +29,7 @@ from satdifuser.evaluate.evaluation import (
 )
 from satdifuser.evaluate.results import format_table, results_table
 from satdifuser.evaluate.settings import EvaluateSettings
+from satdifuser.fuse.data import MapLoader
 from satdifuser.fuse.run_folder import Run, open_run
 from satdifuser.fuse.settings import FitSettings
 from satdifuser.fuse.train import fit
@@ -232,6 +233,17 @@ def test_fit_all_measures_again_what_other_settings_measured(store: FeatureStore
     metrics = open_run(path).metrics
     assert (metrics["evaluate"]["split"], metrics["test_reads"]) == ("val", 1)
     assert (path / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_features_are_read_once_for_all_fusions_and_seeds(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(MapLoader, "statistics", lambda self: read.append(len(self.rows)) or None)
+    fit_section = FIT.model_dump() | {"fusion": ["global", "moe"], "seeds": [0, 1], "normalise": True}
+    sections = {"fit": fit_section, "evaluate": {"bootstrap": 5, "baselines": False}}
+    assert len(fit_all(store, validate_settings(sections, "test"), tmp_path)) == 4
+    assert read == [len(store.select("train"))]
 
 
 def test_a_run_folder_holds_its_resolved_settings(store: FeatureStore, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from made_up_geobench import CLASSES, Bench, fake_geobench
 
 from satdifuser.cli import cli
 from satdifuser.errors import SettingsError, StoreError
+from satdifuser.fuse.data import labelled
 from satdifuser.fuse.run_folder import open_run
-from satdifuser.fuse.train import labelled
 from satdifuser.store.reader import FeatureStore, open_store
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
