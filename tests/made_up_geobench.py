@@ -74,12 +74,20 @@ class Bench:
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.hdf5"
 
-    def sample(self, name: str, names: list[str] = S2, mask: Any = None, **content: Any) -> np.ndarray:
+    def sample(
+        self,
+        name: str,
+        names: list[str] = S2,
+        mask: Any = None,
+        place: dict[str, Any] = PLACE,
+        **content: Any,
+    ) -> np.ndarray:
         """Write a sample of random digital numbers; return them as (B, H, W)."""
         rng = np.random.default_rng(ord(name[0]))
         pixels = rng.integers(0, 3000, (len(names), 6, 8)).astype(np.int16)
         bands = {
-            f"{band}_2018-06-01": (array, self.band(band)) for band, array in zip(names, pixels, strict=True)
+            f"{band}_2018-06-01": (array, self.band(band) | place)
+            for band, array in zip(names, pixels, strict=True)
         }
         if mask is not None:
             info = self.make("dataset.SegmentationClasses", name="label", n_classes=3)
@@ -96,7 +104,6 @@ class Bench:
             "date": DATE,
             "date_id": DATE,
             "spatial_resolution": np.float64(10),
-            **PLACE,
         }
 
     def write(self, name: str, arrays: dict[str, Any], content: Any) -> None:

@@ -72,6 +72,18 @@ def test_samples_carry_label_place_date_and_the_splits_of_every_partition(bench:
     assert first.georeference.bounds(*first.size) == (500000, 5199940, 500080, 5200000)
 
 
+@pytest.mark.parametrize(
+    ("corner", "crs"), [((5, 52), "EPSG:4326"), ((-2390, 2490), None)], ids=["in degrees", "off the globe"]
+)
+def test_a_crs_given_as_text_counts_where_its_degrees_lie_on_the_globe(
+    bench: Bench, corner: tuple[float, float], crs: str | None
+) -> None:
+    transform = Affine(0.1, 0, corner[0], 0, -0.1, corner[1])
+    bench.sample("a", label=0, place={"transform": transform, "crs": "EPSG:4326"})
+    place = list_tiles(bench.open())[0].georeference
+    assert (place.crs if place else None) == crs
+
+
 def test_another_partition_changes_the_splits_only(bench: Bench) -> None:
     chosen, default = list_tiles(bench.open(partition="0.50x_train")), list_tiles(bench.open())
     assert [record.split for record in chosen] == ["none", "train", "val", "test"]

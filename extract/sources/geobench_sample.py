@@ -133,18 +133,22 @@ def read_pixels(file: h5py.File, bands: Sequence[str]) -> NDArray[np.generic]:
 
 
 def georeference_of(transform: Any, crs: Any) -> Georeference | None:
-    """Return where a band lies by the stand-ins of its transform and CRS, or None where either is missing."""
-    if not isinstance(transform, StandIn) or not isinstance(crs, StandIn) or not isinstance(crs.state, str):
+    """Return where a band lies by its transform and CRS (text or stand-in), or None where it lies nowhere."""
+    text = crs.state if isinstance(crs, StandIn) else crs
+    if not isinstance(transform, StandIn) or not isinstance(text, str):
         return None
     a, b, c, d, e, f = transform.args[:6] or (transform.state[name] for name in "abcdef")
     numbers = (float(a), float(b), float(c), float(d), float(e), float(f))
-    return None if numbers == IDENTITY else Georeference(crs_text(crs.state), numbers)
+    name, is_geographic = parse_crs(text)
+    off_globe = is_geographic and (abs(numbers[2]) > 360 or abs(numbers[5]) > 90)  # as in m-forestnet
+    return None if numbers == IDENTITY or off_globe else Georeference(name, numbers)
 
 
 @lru_cache  # the samples of a data set share a few
-def crs_text(wkt: str) -> str:
-    """Return a CRS in its short form, ``EPSG:32632``, where it has one."""
-    return str(CRS.from_wkt(wkt).to_string())
+def parse_crs(text: str) -> tuple[str, bool]:
+    """Return a CRS in its short form, ``EPSG:32632``, where it has one, and whether it counts in degrees."""
+    crs = CRS.from_user_input(text)
+    return str(crs.to_string()), bool(crs.is_geographic)
 
 
 def parse_label(header: SampleHeader, task: Task | None, classes: int, path: Path) -> Label:
