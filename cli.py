@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from satdifuser.errors import SatDiFuserError, SettingsError
+from satdifuser.store.commands import json_option, store, store_argument
 
 if TYPE_CHECKING:
     from satdifuser.pipeline import Pipeline
@@ -58,6 +59,9 @@ def cli() -> None:
     """Diffusion features of satellite images: extract once, then fit and evaluate from the store."""
 
 
+cli.add_command(store)
+
+
 def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of every command that reads a pipeline file."""
     command = click.option(
@@ -71,9 +75,7 @@ def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
-store_argument = click.argument("store", type=click.Path(path_type=Path))
 
 
 def _load(config: Path | None, overrides: tuple[str, ...]) -> Pipeline:
@@ -231,51 +233,6 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
 
     _check_output(out.parent, "-o")
     click.echo(report_runs(list(runs), out))
-
-
-@cli.group()
-def store() -> None:
-    """Look after feature stores."""
-
-
-@store.command()
-@store_argument
-@json_option
-def info(store: Path, as_json: bool) -> None:
-    """Say what a store holds and how it was made."""
-    from satdifuser.store.reader import open_store
-    from satdifuser.store.summary import describe_store, format_store
-
-    opened = open_store(store)
-    click.echo(json.dumps(describe_store(opened)) if as_json else format_store(opened))
-
-
-@store.command()
-@store_argument
-@click.option("--deep", is_flag=True, help="Also read every byte: hash all files, recompute all digests.")
-@json_option
-@click.pass_context
-def verify(ctx: click.Context, store: Path, deep: bool, as_json: bool) -> None:
-    """Check a store against its own records; exit 1 where anything is wrong."""
-    from satdifuser.store.reader import open_store
-    from satdifuser.store.verify import verify as check
-
-    opened = open_store(store)
-    problems = check(opened, deep)
-    if as_json:
-        click.echo(json.dumps({"ok": not problems, "deep": deep, "problems": problems}))
-    else:
-        cheap = "all files are there in their sizes; --deep also reads every byte"
-        click.echo("\n".join(problems) or f"{store}: {'whole (every byte checked)' if deep else cheap}")
-    if opened.missing_shards():
-        click.echo(f"{opened.missing_text()}: run the same `satdifuser extract` command again", err=True)
-    elif problems:
-        click.echo(
-            f"to mend: delete {store}/commits/c/N of each damaged shard N, then run the same "
-            "`satdifuser extract` command again; or copy the store anew",
-            err=True,
-        )
-    ctx.exit(1 if problems else 0)
 
 
 @cli.command("import-reference")
