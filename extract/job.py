@@ -31,6 +31,7 @@ from satdifuser.extract.settings import (
     image_settings,
 )
 from satdifuser.extract.sources.tile import Source, TileRecord
+from satdifuser.store.encoding import decode_formula
 from satdifuser.store.reader import FeatureStore, is_store
 from satdifuser.store.schema import (
     DEFAULT_PARTITION,
@@ -40,6 +41,7 @@ from satdifuser.store.schema import (
     auto_tiles_per_shard,
     canonical_hash,
     contents_hash,
+    kept_layers,
 )
 from satdifuser.store.settings import StoreSettings
 
@@ -152,6 +154,7 @@ def new_attributes(
 ) -> Attributes:
     """What a new store will declare about itself."""
     timesteps = resolve_timesteps(job.settings.timesteps)
+    layers = kept_layers(layers, job.store)
     asked = job.store.tiles_per_shard
     if asked == "auto":
         asked = auto_tiles_per_shard(layers, len(timesteps), job.store.encoding, len(records))
@@ -182,6 +185,7 @@ def new_attributes(
         timesteps=timesteps,
         layers=layers,
         encoding=job.store.encoding,
+        decode=decode_formula(job.store.encoding),
         previews=job.store.previews,
         colour_statistics=COLOUR_STATISTICS,
         backbone=_describe_backbone(job, backbone, records, image_size),
@@ -251,6 +255,7 @@ def _feature_identity(
         "dtype": job.backbone_settings.dtype,
         "device": backbone.device.type,
         "encoding": job.store.encoding,
+        "pool": job.store.model_dump(mode="json")["pool"] if job.store.encoding == "reduced" else None,
     }
 
 

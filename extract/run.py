@@ -28,7 +28,7 @@ from satdifuser.extract.metadata import collect_metadata
 from satdifuser.extract.sources import list_tiles, open_source
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
-from satdifuser.store.encoding import encode, largest_value
+from satdifuser.store.encoding import FORMS, encode
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import LayerInfo, group_layers
 from satdifuser.store.writer import Encoded, StoreWriter, TileRow, open_or_create
@@ -171,11 +171,12 @@ def _compute_batch(work: Work, tiles: Sequence[tuple[str, Floats]]) -> Encoded:
     metadata = torch.stack([work.metadata[tile_id] for tile_id in ids]) if work.metadata else None
     extractor, encoding = work.extractor, work.job.store.encoding
     maps = [m.cpu().numpy() for m in extractor(rgb, ids, metadata)]
-    check_finite(maps, ids, extractor.layers, extractor.timesteps, largest_value(encoding))
+    check_finite(maps, ids, extractor.layers, extractor.timesteps, FORMS[encoding].largest)
     encoded = {}
     for name, positions in group_layers(extractor.layers).items():
         # L x (B, T, C, H, W) -> (B, T, L, C, H, W)
-        encoded[name] = encode(np.stack([maps[p] for p in positions], axis=2), encoding)
+        pool = work.job.store.pool_of(extractor.layers[positions[0]].stride)
+        encoded[name] = encode(np.stack([maps[p] for p in positions], axis=2), encoding, pool)
     return encoded
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from satdifuser.errors import RunError
 from satdifuser.fuse.fusion import FeatureMaps
 from satdifuser.fuse.settings import FitSettings
+from satdifuser.store.batches import BatchReader
 from satdifuser.store.encoding import Floats
 from satdifuser.store.layout import UNLABELLED
-from satdifuser.store.reader import FeatureStore, Indices, decode_groups
+from satdifuser.store.reader import FeatureStore, Indices
 
 STATISTICS_TILES = 256
 
@@ -34,31 +35,24 @@ class MapLoader:
         self.store = store
         self.rows = rows
         self._targets = store.targets(rows)
-        resident = store.stored_bytes_per_tile() * len(rows) <= budget_bytes
-        self._stored = store.stored(rows) if resident else None
+        self._reader = BatchReader(store, rows, budget_bytes=budget_bytes)
 
     def batches(
         self, order: NDArray[np.intp], batch_size: int, statistics: Statistics | None
     ) -> Iterator[tuple[FeatureMaps, Tensor | None, NDArray[np.intp]]]:
         """Yield (maps, targets, positions) over an order of positions 0 … N-1 of `rows`."""
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            maps = as_feature_maps(self.store, self._maps(chosen), statistics)
+        parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        for chosen, stored in zip(parts, self._reader.batches(parts), strict=True):
+            maps = as_feature_maps(self.store, self.store.decode(stored), statistics)
             targets = None if self._targets is None else torch.from_numpy(self._targets[chosen]).long()
             yield maps, targets, chosen
-
-    def _maps(self, chosen: NDArray[np.intp]) -> dict[str, Floats]:
-        if self._stored is None:
-            return self.store.maps(self.rows[chosen])
-        picked = {g: {n: array[chosen] for n, array in held.items()} for g, held in self._stored.items()}
-        return decode_groups(picked)
 
     def statistics(self) -> Statistics:
         """Mean and spread of every timestep, layer and channel over evenly spaced tiles."""
         chosen = np.linspace(0, len(self.rows) - 1, min(len(self.rows), STATISTICS_TILES)).astype(np.intp)
         totals: dict[str, list[NDArray[np.float64]]] = {}
         for part in np.array_split(chosen, -(-len(chosen) // 16)):
-            for group, maps in self._maps(part).items():
+            for group, maps in self.store.decode(self._reader.read(part)).items():
                 wide = maps.astype(np.float64)
                 sums = [wide.sum(axis=(0, -2, -1)), np.square(wide).sum(axis=(0, -2, -1))]
                 totals[group] = [a + b for a, b in zip(totals.get(group, (0.0, 0.0)), sums, strict=True)]

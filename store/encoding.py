@@ -1,68 +1,169 @@
-"""How feature values are kept: float32, float16, or int8 with one scale per tile, timestep, layer, channel.
+"""How feature values are kept on disk, and how they become numbers again.
 
-Quantisation happens before writing and the scales are a plain array, so that any Zarr reader decodes a
-store with one multiplication: no private codec.
+Everything is quantised before it is written, and scales are plain arrays, so that any Zarr reader decodes a
+store with one multiplication and at most one addition: no private codec.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numcodecs import BitRound
 from numpy.typing import NDArray
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from satdifuser.store.settings import Encoding
+from satdifuser.store.shard_file import BLOSC_LEVEL
 
 Floats = NDArray[np.float32]
 INT8_MAX = 127
+INT4_STEPS = 15
+KEPT_BITS = 5  # of the ten mantissa bits of float16, by `rounded`
 
 
-def largest_value(encoding: Encoding) -> float:
-    """The largest magnitude an encoding can hold."""
-    return float(np.finfo(np.float16 if encoding == "float16" else np.float32).max)
+@dataclass(frozen=True)
+class Form:
+    """The arrays of an encoding: dtype of `values`, those per channel, whether chunks are compressed."""
+
+    dtype: str
+    per_channel: tuple[str, ...] = ()
+    compressed: bool = False
+    largest: float = float(np.finfo(np.float32).max)  # magnitude that it can hold
+    packed: bool = False  # two values of a row in each byte
 
 
-def encode(maps: Floats, encoding: Encoding) -> dict[str, NDArray[np.generic]]:
+FORMS: dict[Encoding, Form] = {
+    "float32": Form("float32"),
+    "float16": Form("float16", largest=65504),
+    "rounded": Form("float16", compressed=True, largest=64512),
+    "int8": Form("int8", ("scale",)),
+    "int4": Form("uint8", ("scale", "offset"), packed=True),
+    "reduced": Form("int8", ("scale",)),
+}
+
+
+def decode_formula(encoding: Encoding) -> str:
+    """What turns stored values into features, in words for the store's attributes."""
+    per_channel = FORMS[encoding].per_channel
+    if not per_channel:
+        return "feature = values"
+    added = " + offset" if "offset" in per_channel else ""
+    names = " and ".join(f"{name}[tile, timestep, layer, channel]" for name in per_channel)
+    text = f"feature = values * scale{added}, with {names}"
+    if FORMS[encoding].packed:
+        text += (
+            "; each byte holds two values along x: the lower four bits x = 0, 2, ..., the upper four "
+            "x = 1, 3, ...; the last upper four are padding where the width is odd"
+        )
+    return text
+
+
+def encode(maps: Floats, encoding: Encoding, pool: int = 1) -> dict[str, NDArray[np.generic]]:
     """Encode feature maps and pool them.
 
     Args:
-        maps: (..., C, H, W) float32, finite and within `largest_value`.
+        maps: (..., C, H, W) float32, finite and of at most the form's `largest` magnitude.
         encoding: One of the store encodings.
+        pool: Average windows of this many pixels a side first.
 
     Returns:
-        ``values`` of the same shape; ``pooled`` (..., C) float32, the exact means of the unencoded maps;
-        for int8 also ``scale`` (..., C) float32.
+        ``values`` as the form says; ``pooled`` (..., C) float32, the exact means of the unencoded maps;
+        ``scale`` and ``offset`` (..., C) float32 where the form has them.
     """
-    arrays: dict[str, NDArray[np.generic]] = {
-        "pooled": maps.mean(axis=(-2, -1), dtype=np.float64).astype(np.float32)
-    }
-    if encoding == "int8":
+    pooled = maps.mean(axis=(-2, -1), dtype=np.float64).astype(np.float32)
+    arrays = _quantise(average_windows(maps, pool), encoding)
+    return {"pooled": pooled} | arrays
+
+
+def _quantise(maps: Floats, encoding: Encoding) -> dict[str, NDArray[np.generic]]:
+    if encoding in ("int8", "reduced"):
         scale = np.abs(maps).max(axis=(-2, -1)) / np.float32(INT8_MAX)
-        step = np.where(scale > 0, scale, np.float32(1))[..., None, None]
-        arrays["values"] = np.rint(maps / step).clip(-INT8_MAX, INT8_MAX).astype(np.int8)
-        arrays["scale"] = scale
-    else:
-        arrays["values"] = maps.astype(encoding)
-    return arrays
+        codes = np.rint(maps / _safe(scale)).clip(-INT8_MAX, INT8_MAX)
+        return {"values": codes.astype(np.int8), "scale": scale}
+    if encoding == "int4":
+        low = maps.min(axis=(-2, -1))
+        scale = (maps.max(axis=(-2, -1)) - low) / np.float32(INT4_STEPS)
+        codes = np.rint((maps - low[..., None, None]) / _safe(scale)).clip(0, INT4_STEPS)
+        return {"values": pack_pairs(codes.astype(np.uint8)), "scale": scale, "offset": low}
+    values: NDArray[Any] = maps.astype(FORMS[encoding].dtype)
+    if encoding == "rounded":
+        values = BitRound(keepbits=KEPT_BITS).encode(values).view(np.float16).reshape(maps.shape)
+    return {"values": values}
 
 
-def decode(values: NDArray[np.generic], scale: Floats | None) -> Floats:
-    """Decode stored values (..., C, H, W) with their scales (..., C), if any, to float32."""
-    maps = values.astype(np.float32)
-    if scale is not None:
-        maps *= scale[..., None, None]
+def _safe(scale: Floats) -> Floats:
+    """Scales (..., C) to divide maps by: 1 where a map is constant."""
+    step: Floats = np.where(scale > 0, scale, np.float32(1))[..., None, None]
+    return step
+
+
+def average_windows(maps: Floats, side: int) -> Floats:
+    """Average windows of (side, side) pixels; those at the far edges may be smaller.
+
+    Args:
+        maps: (..., H, W) float32.
+
+    Returns:
+        (..., ceil(H / side), ceil(W / side)) float32.
+    """
+    if side == 1:
+        return maps
+    height, width = maps.shape[-2:]
+    rows, columns = np.arange(0, height, side), np.arange(0, width, side)
+    sums = np.add.reduceat(np.add.reduceat(maps, rows, axis=-2), columns, axis=-1)
+    counts = np.outer(np.diff([*rows, height]), np.diff([*columns, width]))
+    return np.asarray(sums / counts, np.float32)
+
+
+def pack_pairs(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Put neighbours along x into one byte: (..., W) of 0 to 15 to (..., ceil(W / 2)) uint8."""
+    if codes.shape[-1] % 2:
+        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
+    return np.asarray(codes[..., 0::2] | codes[..., 1::2] << 4, np.uint8)
+
+
+def unpack_pairs(packed: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """Undo `pack_pairs`: (..., ceil(W / 2)) uint8 to (..., W) of 0 to 15."""
+    codes = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.uint8)
+    codes[..., 0::2] = packed & 15
+    codes[..., 1::2] = packed >> 4
+    return codes[..., :width]
+
+
+def decode(arrays: Mapping[str, NDArray[Any]], width: int) -> Floats:
+    """Decode stored arrays to feature maps.
+
+    Args:
+        arrays: ``values``, and ``scale`` and ``offset`` (..., C) where the encoding has them.
+        width: W of the maps; two values share a byte where `values` has half of it.
+
+    Returns:
+        (..., C, H, W) float32.
+    """
+    values = arrays["values"]
+    if values.dtype == np.uint8:
+        values = unpack_pairs(values, width)
+    maps: Floats = values.astype(np.float32)
+    if "scale" in arrays:
+        maps *= arrays["scale"][..., None, None]
+    if "offset" in arrays:
+        maps += arrays["offset"][..., None, None]
     return maps
 
 
 def value_codecs(encoding: Encoding) -> list[BytesBytesCodec]:
-    """Portable codecs of a value array; each chain ends in a checksum, since blosc has none."""
-    if encoding == "int8":  # one scale per channel leaves nothing to compress
+    """Portable codecs of a feature array's chunks; each chain ends in a checksum, since blosc has none."""
+    form = FORMS[encoding]
+    if not form.compressed:  # nearly incompressible, and read at the speed of the disk
         return [Crc32cCodec()]
-    width = np.dtype(encoding).itemsize
-    return [BloscCodec(typesize=width, cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec()]
+    width = np.dtype(form.dtype).itemsize
+    blosc = BloscCodec(typesize=width, cname="zstd", clevel=BLOSC_LEVEL, shuffle="bitshuffle")
+    return [blosc, Crc32cCodec()]
 
 
 def table_codecs() -> list[BytesBytesCodec]:
@@ -71,7 +172,7 @@ def table_codecs() -> list[BytesBytesCodec]:
 
 
 def tile_digests(groups: Mapping[str, Mapping[str, NDArray[np.generic]]]) -> list[str]:
-    """SHA-256 of each tile's stored arrays (values, pooled, scale), groups and arrays in name order.
+    """SHA-256 of each tile's stored arrays (values, pooled, scale …), groups and arrays in name order.
 
     Args:
         groups: Group name to array name to an array whose first axis is the tile.

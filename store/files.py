@@ -32,9 +32,12 @@ class DurableStore(LocalStore):
     async def set(self, key: str, value: Buffer) -> None:
         """Write one file, in the event loop itself: so no write is under way when another one fails."""
         self._check_writable()
+        self.write(key, value.to_bytes())
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write one file, and remember it."""
         if self._failure is not None:
             raise self._failure
-        data = value.to_bytes()
         try:
             write_durably(self.root / key, data)
         except OSError as error:

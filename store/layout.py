@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from satdifuser.store.encoding import table_codecs, value_codecs
-from satdifuser.store.schema import Attributes, group_layers
+from satdifuser.store.encoding import FORMS, table_codecs, value_codecs
+from satdifuser.store.schema import Attributes, group_layers, stored_width
 
 TINY_MAP_BYTES = 16 * 1024
 ROW_TEXT_FIELDS = (
@@ -89,28 +89,38 @@ def _create_features(root: zarr.Group, attributes: Attributes) -> None:
         group.attrs["layers"] = [attributes.layers[p].name for p in positions]
         group.attrs["timesteps"] = attributes.timesteps
         group.attrs["decode"] = attributes.decode
-        _create_values(group, attributes, len(positions), (first.channels, first.height, first.width))
-        per_channel = (len(attributes.timesteps), len(positions), first.channels)
-        names = ("timestep", "layer", "channel")
-        _table(group, "pooled", attributes, per_channel, "float32", np.nan, names)
-        if attributes.encoding == "int8":
-            _table(group, "scale", attributes, per_channel, "float32", np.nan, names)
+        form = FORMS[attributes.encoding]
+        maps = (first.channels, first.height, stored_width(first, attributes.encoding))
+        tiny = int(np.prod(maps)) * np.dtype(form.dtype).itemsize < TINY_MAP_BYTES
+        x = "x_pair" if form.packed else "x"
+        held = len(positions)
+        _feature(group, "values", attributes, held, held if tiny else 1, maps, form.dtype, ("y", x))
+        for constant in form.per_channel:
+            _feature(group, constant, attributes, held, held, (first.channels,), "float32", ())
+        per_channel = (len(attributes.timesteps), held, first.channels)
+        _table(group, "pooled", attributes, per_channel, "float32", np.nan, ("timestep", "layer", "channel"))
 
 
-def _create_values(
-    group: zarr.Group, attributes: Attributes, layers: int, maps: tuple[int, int, int]
+def _feature(
+    group: zarr.Group,
+    name: str,
+    attributes: Attributes,
+    layers: int,
+    layers_per_chunk: int,
+    shape: tuple[int, ...],
+    dtype: str,
+    dimensions: tuple[str, ...],
 ) -> None:
-    dtype = np.dtype(attributes.encoding)
-    tiny = int(np.prod(maps)) * dtype.itemsize < TINY_MAP_BYTES
+    """Create an array (tile, timestep, layer, channel, …) whose chunks are of one tile and timestep."""
     group.create_array(
-        "values",
-        shape=(attributes.tiles, len(attributes.timesteps), layers, *maps),
-        shards=(attributes.tiles_per_shard, 1, layers, *maps),
-        chunks=(1, 1, layers if tiny else 1, *maps),
+        name,
+        shape=(attributes.tiles, len(attributes.timesteps), layers, *shape),
+        shards=(attributes.tiles_per_shard, 1, layers, *shape),
+        chunks=(1, 1, layers_per_chunk, *shape),
         dtype=dtype,
-        fill_value=0 if dtype.kind == "i" else np.nan,
-        compressors=value_codecs(attributes.encoding),
-        dimension_names=("tile", "timestep", "layer", "channel", "y", "x"),
+        fill_value=np.nan if np.dtype(dtype).kind == "f" else 0,
+        compressors=value_codecs(attributes.encoding if name == "values" else "float32"),
+        dimension_names=("tile", "timestep", "layer", "channel", *dimensions),
     )
 
 

@@ -5,7 +5,7 @@ Legend: B tiles of a batch, N tiles, T timesteps, L layers of one group, C chann
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -16,17 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satdifuser.errors import SettingsError, StoreError, suggest
-from satdifuser.store.encoding import Floats, content_digest, decode
+from satdifuser.store.encoding import FORMS, Floats, content_digest, decode
 from satdifuser.store.layout import SPLITS, TEXT_FIELDS, target_array
 from satdifuser.store.metadata import is_store
-from satdifuser.store.schema import Hashes, bytes_per_tile, group_layers, labels_hash
-from satdifuser.store.shards import Indices, ShardedStore
+from satdifuser.store.schema import Hashes, group_layers, labels_hash
+from satdifuser.store.sharded_array import Indices, OpenFiles, ShardedArray
+from satdifuser.store.shards import ShardedStore
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-__all__ = ["Batch", "FeatureStore", "Indices", "decode_groups", "is_store", "open_store"]
+__all__ = ["Batch", "FeatureStore", "Indices", "Selection", "Stored", "is_store", "open_store"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,18 @@ class Batch:
     targets: NDArray[np.generic] | None
     tile_ids: list[str]
     indices: Indices  # rows in the store
+
+
+Stored = dict[str, dict[str, NDArray[Any]]]
+"""Group name to array name (values; scale, offset) to (B, T, L, …), as kept."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Timesteps and layers by position: `layers` maps the group names wanted to positions in the group."""
+
+    steps: tuple[int, ...]
+    layers: Mapping[str, tuple[int, ...]]
 
 
 def open_store(path: str | Path) -> FeatureStore:
@@ -217,7 +230,7 @@ class FeatureStore(ShardedStore):
         import xarray as xr
 
         rows = self.select(split)
-        steps = self._timestep_positions(timestep)
+        steps = self.selection(None if timestep is None else [timestep]).steps
         parts, layers, times = [], [], []
         for group, position, name in self.layer_positions(layer):
             block = self.pooled_group(group, rows)[:, :, position]
@@ -246,63 +259,127 @@ class FeatureStore(ShardedStore):
             raise SettingsError(f"layer {pattern!r} is not in {self.path}{suggest(pattern, names)}")
         return found
 
-    def _timestep_positions(self, timestep: int | None) -> list[int]:
+    def _timestep_position(self, timestep: int) -> int:
         held = self.attributes.timesteps
-        if timestep is None:
-            return list(range(len(held)))
         if timestep not in held:
             raise SettingsError(f"timestep {timestep} is not in {self.path}; it holds {held}")
-        return [held.index(timestep)]
+        return held.index(timestep)
 
     def maps(self, rows: Indices) -> dict[str, Floats]:
         """Decoded feature maps of some rows: group name to (B, T, L, C, H, W) float32."""
         self.require_complete()
-        return decode_groups(self.stored(rows))
+        return self.decode(self.stored(rows))
 
-    def stored(self, rows: Indices, pooled: bool = False) -> dict[str, dict[str, NDArray[np.generic]]]:
-        """Stored values and scales of some rows, as they are kept: group name to array name to array."""
-        names = [name for name in self.array_names() if pooled or name != "pooled"]
+    def decode(self, stored: Stored) -> dict[str, Floats]:
+        """Decode what `stored` returns."""
+        layers = self.attributes.layers
         return {
-            group: {name: self.gather(f"features/{group}/{name}", rows) for name in names}
-            for group in self.groups
+            group: decode(arrays, layers[self.groups[group][0]].width) for group, arrays in stored.items()
         }
 
-    def stored_bytes_per_tile(self) -> int:
+    def stored(self, rows: Indices, selection: Selection | None = None, into: Stored | None = None) -> Stored:
+        """Feature arrays of some rows, as they are kept.
+
+        Args:
+            rows: Rows of tiles, in the order wanted.
+            selection: Which timesteps and layers; None for all.
+            into: Arrays to fill, as this method returned them for as many tiles or more; None makes new ones.
+
+        Returns:
+            Group name to array name (values; scale, offset) to (B, T, L, …).
+        """
+        chosen = selection or self.selection()
+        self.require_shards((rows // self.attributes.tiles_per_shard).tolist())
+        return {
+            group: {
+                name: array.read(rows, chosen.steps, layers, into[group][name] if into else None)
+                for name, array in self._arrays[group].items()
+            }
+            for group, layers in chosen.layers.items()
+        }
+
+    def selection(self, timesteps: Sequence[int] | None = None, layers: str = "*") -> Selection:
+        """Some timesteps and layers of this store, by position.
+
+        Args:
+            timesteps: Held timesteps; None for all.
+            layers: A layer name or pattern.
+
+        Raises:
+            SettingsError: a timestep is not held, or no layer matches.
+        """
+        held = self.attributes.timesteps if timesteps is None else timesteps
+        steps = [self._timestep_position(timestep) for timestep in held]
+        positions: dict[str, list[int]] = {}
+        for group, position, _ in self.layer_positions(layers):
+            positions.setdefault(group, []).append(position)
+        return Selection(tuple(steps), {g: tuple(positions[g]) for g in self.groups if g in positions})
+
+    @cached_property
+    def _arrays(self) -> dict[str, dict[str, ShardedArray]]:
+        """Group name to array name to the array."""
+        form, files = FORMS[self.attributes.encoding], OpenFiles()
+        found: dict[str, dict[str, ShardedArray]] = {}
+        for group in self.groups:
+            found[group] = {}
+            for name in ("values", *form.per_channel):
+                key = f"features/{group}/{name}"
+                compressed = form.compressed and name == "values"
+                found[group][name] = ShardedArray(self.path, key, self._array(key), compressed, files)
+        return found
+
+    def stored_bytes_per_tile(self, selection: Selection | None = None) -> int:
         """Bytes that `stored` returns for one tile."""
-        a = self.attributes
-        return bytes_per_tile(a.layers, len(a.timesteps), a.encoding)
+        chosen = selection or self.selection()
+        per_step: int = sum(
+            array.bytes_per_layer * len(layers)
+            for group, layers in chosen.layers.items()
+            for array in self._arrays[group].values()
+        )
+        return per_step * len(chosen.steps)
 
     def array_names(self) -> list[str]:
         """Names of the arrays that each group holds."""
-        return ["values", "pooled"] + ["scale"] * (self.attributes.encoding == "int8")
+        return ["values", *FORMS[self.attributes.encoding].per_channel, "pooled"]
 
     def batches(
-        self, split: str | None = None, batch_size: int = 32, seed: int | None = None
+        self,
+        split: str | None = None,
+        batch_size: int = 32,
+        seed: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        layers: str = "*",
+        memory_gb: float = 0.0,
     ) -> Iterator[Batch]:
-        """Iterate once over the tiles of a split.
+        """Iterate once over the tiles of a split; the next batch is read while this one is used.
 
         Args:
             split: train, val, test, none; None for all.
             batch_size: Tiles per batch; the last may be smaller.
             seed: Shuffles with this seed; None keeps the store's order.
+            timesteps: Only these; None for all.
+            layers: Only the layers that match this name or pattern. Nothing else is read.
+            memory_gb: Read all at once where that takes no more GB than this; the batches are the same.
 
         Yields:
             Decoded maps (B, T, L, C, H, W) float32 by group, targets, tile ids and rows.
 
         Raises:
-            SettingsError: batch_size is under 1, or split is not the name of one.
+            SettingsError: batch_size is under 1, or there is no such split, timestep or layer.
             StoreError: shards are missing or damaged, or the split holds no tile.
         """
+        from satdifuser.store.batches import BatchReader
+
         if batch_size < 1:
             raise SettingsError(f"batch_size: got {batch_size}, expected 1 or more")
-        rows = self.select(split)
-        if seed is not None:
-            rows = np.random.default_rng(seed).permutation(rows)
-        names = self._text("tile_id")
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
+        rows, names = self.select(split), self._text("tile_id")
+        order = np.arange(len(rows)) if seed is None else np.random.default_rng(seed).permutation(len(rows))
+        parts = [order[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        reader = BatchReader(self, rows, self.selection(timesteps, layers), memory_gb * 1e9)
+        for part, stored in zip(parts, reader.batches(parts), strict=True):
+            chosen = rows[part]
             ids = [str(name) for name in names[chosen]]
-            yield Batch(self.maps(chosen), self.targets(chosen), ids, chosen)
+            yield Batch(self.decode(stored), self.targets(chosen), ids, chosen)
 
     def to_xarray(self) -> xr.DataTree:
         """The whole store as a lazy, dask-backed xarray DataTree."""
@@ -314,8 +391,3 @@ class FeatureStore(ShardedStore):
 
     def _text(self, name: str) -> Any:
         return self.table(f"tiles/{name}")
-
-
-def decode_groups(encoded: dict[str, dict[str, NDArray[np.generic]]]) -> dict[str, Floats]:
-    """Decode what `FeatureStore.stored` returns."""
-    return {name: decode(arrays["values"], arrays.get("scale")) for name, arrays in encoded.items()}  # type: ignore[arg-type]

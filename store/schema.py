@@ -11,28 +11,31 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from satdifuser.store.settings import Encoding, Settings
+from satdifuser.store.encoding import FORMS
+from satdifuser.store.settings import Encoding, Settings, StoreSettings
 
 FORMAT_VERSION = 1
 ATTRIBUTE_KEY = "satdifuser"
 DEFAULT_PARTITION = "default"
 MAX_TILES_PER_SHARD = 64
 MAX_SHARD_BYTES = 512 * 10**6
-DECODE_FORMULA = (
-    "feature = values * scale (scale[tile, timestep, layer, channel]; 1 where there is no scale array)"
-)
 
 
 class LayerInfo(Settings):
-    """One tapped U-Net module: module path, channels, image pixels per feature pixel, map size."""
+    """One tapped U-Net module: module path, channels, image pixels per feature pixel, map size.
+
+    In a store whose encoding averages windows, `pool` is their side and the size that of the kept map.
+    """
 
     name: str
     channels: PositiveInt
     stride: PositiveInt
     height: PositiveInt
     width: PositiveInt
+    pool: PositiveInt = 1
 
 
 class Hashes(Settings):
@@ -62,7 +65,7 @@ class Attributes(Settings):
     timesteps: list[int]
     layers: list[LayerInfo]
     encoding: Encoding
-    decode: str = DECODE_FORMULA
+    decode: str
     previews: bool
     colour_statistics: list[str]
     backbone: dict[str, Any]
@@ -146,11 +149,26 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def bytes_per_tile(layers: Sequence[LayerInfo], timesteps: int, encoding: Encoding) -> int:
     """Uncompressed bytes that one tile's maps, scales and pooled features take."""
-    width = {"float32": 4, "float16": 2, "int8": 1}[encoding]
-    per_channel = 4 if encoding != "int8" else 8  # pooled, and a scale where values need one
-    values = sum(layer.channels * layer.height * layer.width for layer in layers)
+    form = FORMS[encoding]
     channels = sum(layer.channels for layer in layers)
-    return timesteps * (values * width + channels * per_channel)
+    values = sum(layer.channels * layer.height * stored_width(layer, encoding) for layer in layers)
+    per_channel = 4 * (1 + len(form.per_channel))  # pooled, scale, offset
+    return timesteps * (values * np.dtype(form.dtype).itemsize + channels * per_channel)
+
+
+def stored_width(layer: LayerInfo, encoding: Encoding) -> int:
+    """Length of a row of a layer's stored map, in numbers of the stored dtype."""
+    return -(-layer.width // 2) if FORMS[encoding].packed else layer.width
+
+
+def kept_layers(layers: Sequence[LayerInfo], settings: StoreSettings) -> list[LayerInfo]:
+    """The layers as a store with these settings keeps them: smaller where windows are averaged."""
+    kept = []
+    for layer in layers:
+        pool = settings.pool_of(layer.stride)
+        size = {"height": -(-layer.height // pool), "width": -(-layer.width // pool)}
+        kept.append(layer.model_copy(update={"pool": pool, **size}))
+    return kept
 
 
 def auto_tiles_per_shard(layers: Sequence[LayerInfo], timesteps: int, encoding: Encoding, tiles: int) -> int:

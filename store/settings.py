@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-Encoding = Literal["float32", "float16", "int8"]
+Encoding = Literal["float32", "float16", "rounded", "int8", "int4", "reduced"]
 
 
 class Settings(BaseModel):
@@ -20,5 +20,12 @@ class StoreSettings(Settings):
 
     path: str = "features.zarr"
     encoding: Encoding = "int8"
+    pool: PositiveInt | dict[PositiveInt, PositiveInt] = 2
     tiles_per_shard: PositiveInt | Literal["auto"] = "auto"
     previews: bool = True
+
+    def pool_of(self, stride: int) -> int:
+        """Pixels a side of the windows that maps of a stride are averaged over before they are kept."""
+        if self.encoding != "reduced":
+            return 1
+        return self.pool if isinstance(self.pool, int) else self.pool.get(stride, 1)

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import zarr
-from numpy.typing import NDArray
 
 from satdifuser.errors import StoreError
 from satdifuser.store.metadata import read_attributes
+from satdifuser.store.sharded_array import Indices
 
-Indices = NDArray[np.intp]
 WORTHWHILE_GAP = 3  # tiles read in vain rather than with another request
 DAMAGE = (ValueError, RuntimeError, OSError)  # what Zarr raises where a checksum or a file is wrong
 

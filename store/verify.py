@@ -48,7 +48,10 @@ def _wrong_digests(store: FeatureStore, shard: int) -> list[str]:
     names, reasons, recorded = (
         store.gather(f"tiles/{name}", rows).tolist() for name in ("tile_id", "skip_reason", "digest")
     )
-    found = tile_digests(store.stored(rows, pooled=True))
+    arrays = store.stored(rows)
+    for group in arrays:
+        arrays[group]["pooled"] = store.pooled_group(group, rows)
+    found = tile_digests(arrays)
     return [
         f"tile {name}: features differ from the digest recorded for them"
         for name, reason, was, now in zip(names, reasons, recorded, found, strict=True)

@@ -21,12 +21,13 @@ import zarr
 from numpy.typing import NDArray
 
 from satdifuser.errors import StoreError
-from satdifuser.store.encoding import Floats, tile_digests
+from satdifuser.store.encoding import FORMS, Floats, tile_digests
 from satdifuser.store.files import DurableStore, remove_orphans, sync_folder
 from satdifuser.store.layout import ROW_TEXT_FIELDS, SPLITS, create_arrays, target_array
 from satdifuser.store.metadata import is_store, seal
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import ATTRIBUTE_KEY, Attributes, differing_fields
+from satdifuser.store.shard_file import pack_shard
 
 Encoded = dict[str, dict[str, NDArray[np.generic]]]  # group to array name to (B, ...)
 NAN4, NAN6 = (float("nan"),) * 4, (float("nan"),) * 6
@@ -163,7 +164,6 @@ class StoreWriter:
         """
         self._files.forget()
         try:
-            self._clear(shard)
             self._write_data(shard, rows, batches)
             self._files.sync_folders()
             files = dict(self._files.written)
@@ -171,13 +171,6 @@ class StoreWriter:
         except OSError as error:
             raise _write_error(Path(self._files.root), error, shard) from error
         return sum(size for size, _ in files.values())
-
-    def _clear(self, shard: int) -> None:
-        """Delete what an earlier attempt left: Zarr reads the last, shorter shard before it writes to it."""
-        for group in self._store.groups:
-            left = self._store.path / f"features/{group}/values/c/{shard}"
-            if left.exists():
-                shutil.rmtree(left)
 
     def _write_data(self, shard: int, rows: Sequence[TileRow], batches: Sequence[Encoded]) -> None:
         here = slice(*self.attributes.shard_range(shard))
@@ -190,10 +183,27 @@ class StoreWriter:
                 block = np.full((len(rows), *array.shape[1:]), array.fill_value, array.dtype)
                 if present.any():
                     block[present] = np.concatenate([batch[group][name] for batch in batches])
-                array[here] = groups[group][name] = block
+                groups[group][name] = block
+                if array.shards is None:
+                    array[here] = block
+                else:
+                    self._write_shards(array, shard, block)
         self._write_tiles(here, rows)
         self._write_targets(here, rows)
         self._array("tiles/digest")[here] = _texts(np.where(present, tile_digests(groups), ""))
+
+    def _write_shards(self, array: Any, shard: int, block: NDArray[np.generic]) -> None:
+        """Write tiles (tile, timestep, layer, …) of a sharded array: one file per timestep."""
+        per_chunk = array.chunks[2]
+        places = array.shards[0] * array.shape[2] // per_chunk
+        compressed = array.name.endswith("/values") and FORMS[self.attributes.encoding].compressed
+        for step in range(array.shape[1]):
+            chunks = np.ascontiguousarray(block[:, step]).reshape(
+                len(block) * array.shape[2] // per_chunk, -1
+            )
+            packed = pack_shard(chunks.view(np.uint8), places, array.dtype.itemsize if compressed else 0)
+            key = "/".join(["c", str(shard), str(step), *"0" * (array.ndim - 2)])
+            self._files.write(f"{array.path}/{key}", packed)
 
     def _write_tiles(self, here: slice, rows: Sequence[TileRow]) -> None:
         for name in ROW_TEXT_FIELDS:

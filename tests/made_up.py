@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from satdifuser.extract.unet import SatUNet
+from satdifuser.store.encoding import decode_formula
 from satdifuser.store.schema import Attributes, Hashes
 
 
@@ -17,6 +18,7 @@ def store_attributes(**fields: Any) -> Attributes:
     """Attributes of a store; what its shape depends on (tiles, layers, timesteps, …) is for the caller."""
     common = {
         "store_id": "x",
+        "decode": decode_formula(fields["encoding"]),
         "created": "now",
         "software": {"satdifuser": "0"},
         "ignore_value": 255,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from satdifuser.errors import SettingsError, StoreError
 from satdifuser.store import files
-from satdifuser.store.encoding import decode, encode
+from satdifuser.store.encoding import FORMS, decode, encode
 from satdifuser.store.metadata import seal
 from satdifuser.store.reader import FeatureStore, open_store
 from satdifuser.store.schema import (
@@ -28,15 +28,15 @@ from satdifuser.store.schema import (
     Hashes,
     LayerInfo,
     group_layers,
+    kept_layers,
 )
-from satdifuser.store.settings import Encoding
+from satdifuser.store.settings import StoreSettings
 from satdifuser.store.summary import describe_store, format_store
 from satdifuser.store.verify import verify
 from satdifuser.store.writer import StoreWriter, TileRow, open_or_create
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")  # but one test checks that it is asked for
 
-ENCODINGS: list[Encoding] = ["float32", "float16", "int8"]
 LAYERS = [
     LayerInfo(name=f"up.{i}.attn1", channels=c, stride=s, height=16 // s, width=16 // s)
     for i, (c, s) in enumerate([(4, 8), (4, 8), (2, 4), (3, 4)])
@@ -94,12 +94,16 @@ def tile_row(tile: int, task: str | None) -> TileRow:
     )
 
 
+def encode_group(maps: NDArray[np.float32], a: Attributes) -> dict[str, NDArray[np.generic]]:
+    return encode(maps, a.encoding, pool=2 if a.encoding == "reduced" else 1)
+
+
 def fill(writer: StoreWriter, shards: list[int] | None = None) -> None:
     a = writer.attributes
     for shard in writer.missing_shards() if shards is None else shards:
         tiles = range(*a.shard_range(shard))
         batches = [
-            {group: encode(maps, a.encoding) for group, maps in tile_maps(tile).items()}
+            {group: encode_group(maps, a) for group, maps in tile_maps(tile).items()}
             for tile in tiles
             if tile != SKIPPED
         ]
@@ -111,9 +115,10 @@ def build(path: Path, shards: list[int] | None = None, **changes: Any) -> Featur
     return open_store(path)
 
 
-@pytest.fixture(scope="module", params=ENCODINGS)
+@pytest.fixture(scope="module", params=FORMS)
 def any_store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    return build(tmp_path_factory.mktemp("any") / "s.zarr", encoding=request.param)
+    layers = kept_layers(LAYERS, StoreSettings(encoding=request.param))
+    return build(tmp_path_factory.mktemp("any") / "s.zarr", encoding=request.param, layers=layers)
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +151,9 @@ def edit_attributes(path: Path, **changes: Any) -> None:
 def test_what_was_written_is_read(any_store: FeatureStore) -> None:
     rows = KEPT[::-1]
     for name, maps in any_store.maps(rows).items():
-        expected = [encode(tile_maps(int(t))[name], any_store.attributes.encoding) for t in rows]
+        expected = [encode_group(tile_maps(int(t))[name], any_store.attributes) for t in rows]
         for found, one in zip(maps, expected, strict=True):
-            scale: Any = one.get("scale")
-            np.testing.assert_array_equal(found, decode(one["values"], scale)[0])
+            np.testing.assert_array_equal(found, decode(one, found.shape[-1])[0])
     assert any_store.split_counts() == {"train": 3, "val": 1, "skipped": 1}
     assert any_store.colour(rows)[:, 0].tolist() == [4, 2, 1, 0]
     assert any_store.previews(rows)[:, 0, 0, 0].tolist() == [5, 3, 2, 1]
@@ -159,8 +163,9 @@ def test_what_was_written_is_read(any_store: FeatureStore) -> None:
     assert any_store.tiles.tile_id.tolist() == [f"t{i}" for i in range(TILES)]
     assert any_store.tiles.left.tolist() == list(range(TILES))
     assert verify(any_store, deep=True) == []
-    stored = any_store.stored(np.array([0]), pooled=True).values()
-    assert sum(a.nbytes for g in stored for a in g.values()) == any_store.stored_bytes_per_tile()
+    stored = any_store.stored(np.array([0])).values()
+    held = sum(array.nbytes for arrays in stored for array in arrays.values())
+    assert held == any_store.stored_bytes_per_tile()
 
 
 def test_masks_and_stores_without_targets(tmp_path: Path) -> None:
@@ -291,8 +296,14 @@ def test_labels_hash_follows_labels_only(whole: FeatureStore, tmp_path: Path) ->
 
 def formula(group: Any) -> NDArray[np.float32]:
     """What the `decode` attribute says, with whatever array type the reader gives."""
-    scale = np.asarray(group["scale"][...])[..., None, None] if "scale" in group else np.float32(1)
-    return np.asarray(group["values"][...]).astype(np.float32) * scale
+    values = np.asarray(group["values"][...])
+    if values.dtype == np.uint8:
+        values = np.stack([values % 16, values // 16], axis=-1).reshape(*values.shape[:-1], -1)
+    scale, offset = (
+        np.asarray(group[name][...])[..., None, None] if name in group else np.float32(other)
+        for name, other in (("scale", 1), ("offset", 0))
+    )
+    return values.astype(np.float32) * scale + offset
 
 
 def test_plain_zarr_and_xarray_decode_by_the_formula(any_store: FeatureStore) -> None:
@@ -303,17 +314,17 @@ def test_plain_zarr_and_xarray_decode_by_the_formula(any_store: FeatureStore) ->
             np.testing.assert_array_equal(formula(root[f"features/{name}"]), maps[name])
             np.testing.assert_array_equal(formula(tree[f"features/{name}"]), maps[name])
             assert tree[f"features/{name}"].attrs["timesteps"] == STEPS
-        assert tree["features/stride_08/values"].dims == (
-            "tile", "timestep", "layer", "channel", "y", "x",
-        )  # fmt: skip
+        x = "x_pair" if any_store.attributes.encoding == "int4" else "x"
+        dims = ("tile", "timestep", "layer", "channel", "y", x)
+        assert tree["features/stride_08/values"].dims == dims
         assert tree["tiles/tile_id"].values.tolist() == [f"t{i}" for i in range(TILES)]
     lazy = any_store.to_xarray()
     assert lazy["features/stride_08/values"].chunks[0] == (2, 2, 1)
 
 
 def test_the_store_imports_no_torch() -> None:
-    names = ["encoding", "files", "layout", "metadata", "reader", "schema", "settings", "shards", "summary"]
-    names += ["verify", "writer"]
+    names = ["encoding", "files", "layout", "metadata", "reader", "schema", "settings", "shard_file"]
+    names += ["sharded_array", "shards", "summary", "verify", "writer"]
     code = "import sys\n" + "".join(f"import satdifuser.store.{n}\n" for n in names)
     command = [sys.executable, "-c", code + "print('torch' in sys.modules)"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
@@ -476,6 +487,7 @@ def test_a_flipped_bit_is_refused_on_read(any_store: FeatureStore, tmp_path: Pat
     changed[int(place * (len(changed) - 1))] ^= 1
     values.write_bytes(changed)
     with pytest.raises(
-        StoreError, match=r"features/stride_08/values, tiles 0 to 1: cannot be read .*checksum"
+        StoreError,
+        match=r"features/stride_08/values, tile [01]: cannot be read .*checksum",
     ):
         next(open_store(path).batches("train"))

@@ -259,7 +259,7 @@ def test_sealed_attributes_of_another_kind_are_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "array", "tiles"),
     [
-        (f"{VALUES}/1/0/0/0/0/0", "features/stride_02/values", "2 to 2"),
+        (f"{VALUES}/1/0/0/0/0/0", "features/stride_02/values", "2"),
         ("features/stride_02/pooled/c/0/0/0/0", "features/stride_02/pooled", "0 to 1"),
         ("targets/label/c/0", "targets/label", "0 to 1"),
         ("tiles/colour/c/1/0", "tiles/colour", "2 to 2"),
@@ -271,9 +271,7 @@ def test_damaged_data_is_named_by_store_array_and_tiles(
 ) -> None:
     flip(copy / key, byte)
     store, rows = open_store(copy), np.arange(TILES)
-    text = (
-        rf"copy.zarr: {array}, tiles {tiles}: cannot be read \(.*\); `satdifuser store verify --deep .*copy.z"
-    )
+    text = rf"copy.zarr: {array}, tiles? {tiles}: cannot be read \(.*\); `satdifuser store verify .*copy.z"
     reads = (store.maps, store.colour, store.previews, store.targets)
     with pytest.raises(StoreError, match=text):
         [read(rows) for read in (*reads, lambda rows: store.pooled_group("stride_02", rows))]
@@ -354,7 +352,7 @@ def test_rows_of_missing_shards_are_refused_and_others_read(tmp_path: Path) -> N
     fresh = open_store(store.path)
     for attempt in (lambda: fresh.colour(np.array([0])), lambda: fresh.tiles):
         with pytest.raises(
-            StoreError, match=r"shard 0: tiles/colour/c/0/0 is missing \(1 of its 21 files\); delete"
+            StoreError, match=r"shard 0: tiles/colour/c/0/0 is missing \(1 of its 22 files\); delete"
         ):
             attempt()
 

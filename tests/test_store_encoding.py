@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
-from satdifuser.store.encoding import content_digest, decode, encode, largest_value, tile_digests
+from satdifuser.store.encoding import (
+    FORMS,
+    average_windows,
+    content_digest,
+    decode,
+    encode,
+    pack_pairs,
+    tile_digests,
+    unpack_pairs,
+)
 from satdifuser.store.schema import (
     Attributes,
     LayerInfo,
@@ -24,7 +31,6 @@ from satdifuser.store.schema import (
 )
 from satdifuser.store.settings import Encoding
 
-ENCODINGS: list[Encoding] = ["float32", "float16", "int8"]
 LAYERS = [
     LayerInfo(name=f"up.{i}.attn1", channels=c, stride=s, height=16 // s, width=16 // s)
     for i, (c, s) in enumerate([(4, 8), (4, 8), (2, 4), (3, 4)])
@@ -39,28 +45,33 @@ MAPS = arrays(
 )
 
 
-@given(MAPS, st.sampled_from(ENCODINGS))
-@settings(max_examples=100, deadline=None)
+@given(MAPS, st.sampled_from(list(FORMS)))
+@settings(max_examples=200, deadline=None)
 def test_decoded_values_stay_within_the_bound_of_their_encoding(
     maps: NDArray[np.float32], encoding: Encoding
 ) -> None:
     arrays_ = encode(maps, encoding)
-    scale: Any = arrays_.get("scale")
-    found = decode(arrays_["values"], scale)
+    found = decode(arrays_, maps.shape[-1])
     error = np.abs(found.astype(np.float64) - maps)
-    assert found.dtype == np.float32
-    assert arrays_["values"].dtype == encoding
-    if encoding == "int8":
-        np.testing.assert_array_equal(scale, np.abs(maps).max((-2, -1)) / np.float32(127))
-        assert (error <= 0.5001 * scale[..., None, None] + 1e-42).all()
-    elif encoding == "float16":
-        assert (error <= np.abs(maps) * 2.0**-11 + 2.0**-25).all()
-    else:
-        assert not error.any()
-    assert set(arrays_) == {"values", "pooled"} | ({"scale"} if encoding == "int8" else set())
+    assert (found.dtype, found.shape) == (np.float32, maps.shape)
+    assert set(arrays_) == {"values", "pooled", *FORMS[encoding].per_channel}
+    assert arrays_["values"].dtype == FORMS[encoding].dtype
+    assert (error <= bound(maps, encoding)).all()
     np.testing.assert_array_equal(
         arrays_["pooled"], maps.astype(np.float64).mean((-2, -1)).astype(np.float32)
     )
+
+
+def bound(maps: NDArray[np.float32], encoding: Encoding) -> NDArray[np.float64]:
+    """The largest error that each value may have: half a step, and what float32 rounds away."""
+    wide = maps.astype(np.float64)
+    rest = 1e-6 * np.abs(wide).max((-2, -1), keepdims=True) + 1e-42
+    if encoding in ("int8", "reduced"):
+        return 0.5 / 127 * np.abs(wide).max((-2, -1), keepdims=True) + rest
+    if encoding == "int4":
+        return 0.5 / 15 * (wide.max((-2, -1), keepdims=True) - wide.min((-2, -1), keepdims=True)) + rest
+    bits = {"float32": 60, "float16": 11, "rounded": 6}[encoding]
+    return np.abs(wide) * 2.0**-bits + (0 if encoding == "float32" else 2.0**-19)
 
 
 def test_int8_uses_its_whole_range_and_keeps_constant_zero() -> None:
@@ -70,8 +81,36 @@ def test_int8_uses_its_whole_range_and_keeps_constant_zero() -> None:
     assert arrays_["scale"].tolist() == [2, 0]
 
 
-def test_largest_value_is_the_last_that_stays_finite() -> None:
-    assert [largest_value(e) for e in ENCODINGS] == [np.finfo("f4").max, 65504, np.finfo("f4").max]
+def test_int4_uses_its_whole_range_and_packs_two_values_of_a_row() -> None:
+    maps = np.array([[[-1.0, 0, 14], [3, 3, 3]]], np.float32)
+    arrays_ = encode(maps, "int4")
+    assert arrays_["values"].tolist() == [[[0 + 16 * 1, 15], [4 + 16 * 4, 4]]]
+    assert (arrays_["scale"].tolist(), arrays_["offset"].tolist()) == ([1], [-1])
+
+
+@given(arrays(np.uint8, array_shapes(max_side=5), elements=st.integers(0, 15)))
+@settings(deadline=None)
+def test_pairs_unpack_to_what_was_packed(codes: NDArray[np.uint8]) -> None:
+    packed = pack_pairs(codes)
+    assert packed.shape == (*codes.shape[:-1], -(-codes.shape[-1] // 2))
+    np.testing.assert_array_equal(unpack_pairs(packed, codes.shape[-1]), codes)
+
+
+def test_windows_at_the_edge_average_what_they_hold() -> None:
+    maps = np.arange(15, dtype=np.float32).reshape(1, 3, 5)
+    expected = [[[(0 + 1 + 5 + 6) / 4, (2 + 3 + 7 + 8) / 4, (4 + 9) / 2], [10.5, 12.5, 14]]]
+    np.testing.assert_array_equal(average_windows(maps, 2), np.array(expected, np.float32))
+    arrays_ = encode(maps, "reduced", pool=2)
+    assert arrays_["values"].shape == (1, 2, 3)
+    assert arrays_["pooled"].tolist() == [7]  # of the maps before they were averaged
+
+
+def test_the_largest_magnitude_of_an_encoding_stays_finite_and_the_next_does_not() -> None:
+    for encoding in ("float16", "rounded"):
+        largest = FORMS[encoding].largest
+        maps = np.array([[[largest, -largest]]], np.float32)
+        assert decode(encode(maps, encoding), 2).tolist() == maps.tolist()
+    assert np.isinf(encode(np.full((1, 1, 1), 65504, np.float32), "rounded")["values"]).all()
 
 
 def test_tile_digests_see_values_and_ignore_the_order_of_names() -> None:

@@ -1,0 +1,258 @@
+"""How fast random batches of whole tiles come out of a store, beside the disk's own speed.
+
+    python benchmarks/read_throughput.py [--shape sd|small] [--tiles 96] [--folder FOLDER]
+
+P is `os.preadv` of a raw float16 file of the same tiles. All ways of reading fill buffers that are made once,
+and take turns in one run; the figures are medians of the ratio to the first of the same turn. MB/s count the
+float16 bytes of the tiles, whatever the encoding, so 1.3 P means 1.3 times the tiles per second. Our reader
+checks every checksum. Cold: the page cache is emptied of the files before each batch, for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from satdifuser.store.encoding import decode_formula, encode
+from satdifuser.store.reader import FeatureStore
+from satdifuser.store.schema import Attributes, Hashes, LayerInfo, group_layers
+from satdifuser.store.settings import Encoding
+from satdifuser.store.writer import StoreWriter, TileRow, create_store
+
+BATCH = 16
+SHARD = 32
+SD = [(3, 1280, 64, 4), (6, 1280, 32, 8), (6, 640, 16, 16), (6, 320, 8, 32)]  # layers, channels, stride, side
+SMALL = [(21, 200, 8, 8)]  # 25 KB a layer in float16
+SHAPES = {"sd": SD, "small": SMALL}
+Read = Callable[[NDArray[np.intp]], object]
+
+
+def main() -> None:
+    args = parse_args()
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    try:
+        layers = table(SHAPES[args.shape])
+        raw = write_raw(folder / "raw.bin", layers, args.tiles)
+        shutil.copyfile(folder / "raw.bin", folder / "unmapped.bin")  # what is mapped stays in the page cache
+        sync(folder / "unmapped.bin")
+        stores = {
+            name: write_store(folder / f"{name}.zarr", layers, raw, name) for name in ("float16", "int8")
+        }
+        per_tile = raw.shape[1] * 2
+        print(
+            f"{args.tiles} tiles of {per_tile / 1e6:.2f} MB, {len(layers)} layers; batches of {BATCH} tiles"
+        )
+        ways = whole_tiles(folder / "raw.bin", raw, stores)
+        compare("whole tiles, warm", ways, stores, folder, args, per_tile, cold=False)
+        own = {
+            "P": plain(folder / "unmapped.bin", raw),
+            **{n: ways[n] for n in ("ours float16", "ours int8")},
+        }
+        compare("whole tiles, cold", own, stores, folder, args, per_tile, cold=True)
+        one = one_layer(raw, stores["float16"], layers)
+        compare("one layer, warm", one, stores, folder, args, per_tile // len(layers), cold=False)
+    finally:
+        shutil.rmtree(folder)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="sd", help="sd: 7 MB a tile; small: 25 KB a layer")
+    parser.add_argument("--tiles", type=int, default=96)
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--folder", type=Path, help="where to write; default: the temporary folder")
+    return parser.parse_args()
+
+
+def table(shape: list[tuple[int, int, int, int]]) -> list[LayerInfo]:
+    return [
+        LayerInfo(name=f"stride{stride}.{i}", channels=channels, stride=stride, height=side, width=side)
+        for count, channels, stride, side in shape
+        for i in range(count)
+    ]
+
+
+def write_raw(path: Path, layers: list[LayerInfo], tiles: int) -> NDArray[np.float16]:
+    """A raw file of tiles, (tiles, values) float16, and its memory map."""
+    width = sum(layer.channels * layer.height * layer.width for layer in layers)
+    random = np.random.default_rng(0)
+    with path.open("wb") as file:
+        for _ in range(tiles):
+            file.write(random.standard_normal(width, dtype=np.float32).astype(np.float16).tobytes())
+        os.fsync(file.fileno())
+    return np.memmap(path, np.float16, "r", shape=(tiles, width))
+
+
+def write_store(
+    path: Path, layers: list[LayerInfo], raw: NDArray[np.float16], encoding: Encoding
+) -> FeatureStore:
+    attributes = Attributes(
+        store_id="benchmark",
+        created="",
+        software={},
+        task=None,
+        classes=[],
+        ignore_value=255,
+        tiles=len(raw),
+        left_out=0,
+        tile_size=(256, 256),
+        tiles_per_shard=min(SHARD, len(raw)),
+        timesteps=[21],
+        layers=layers,
+        encoding=encoding,
+        decode=decode_formula(encoding),
+        previews=False,
+        colour_statistics=[],
+        backbone={},
+        feature_identity={},
+        planned=Hashes(feature="", contents="", labels=""),
+        settings={},
+    )
+    create_store(path, attributes)
+    writer = StoreWriter(path)
+    for shard in range(attributes.shards):
+        rows = range(*attributes.shard_range(shard))
+        batches = [
+            {group: encode(maps, encoding) for group, maps in split_tile(raw[row], layers).items()}
+            for row in rows
+        ]
+        writer.write_shard(
+            shard, [TileRow(str(row), "train", colour=np.empty(0, np.float32)) for row in rows], batches, {}
+        )
+    return FeatureStore(path)
+
+
+def split_tile(values: NDArray[np.float16], layers: list[LayerInfo]) -> dict[str, NDArray[np.float32]]:
+    """One raw tile as groups of maps, (1, 1, L, C, H, W) float32."""
+    groups, start = {}, 0
+    for name, held in sorted(group_layers(layers).items(), key=lambda item: item[1][0]):
+        first = layers[held[0]]
+        shape = (1, 1, len(held), first.channels, first.height, first.width)
+        size = int(np.prod(shape))
+        groups[name] = values[start : start + size].astype(np.float32).reshape(shape)
+        start += size
+    return groups
+
+
+def whole_tiles(path: Path, raw: NDArray[np.float16], stores: dict[str, FeatureStore]) -> dict[str, Read]:
+    """Ways to read whole tiles, each into buffers of its own that are made once."""
+    buffer = np.empty((BATCH, raw.shape[1]), np.float16)
+
+    def memmap(rows: NDArray[np.intp]) -> None:
+        for i, row in enumerate(rows.tolist()):
+            buffer[i] = raw[row]
+
+    ways: dict[str, Read] = {"P": plain(path, raw), "memmap": memmap}
+    for name, store in stores.items():
+        buffers = store.stored(np.arange(BATCH))
+        ways[f"ours {name}"] = lambda rows, s=store, b=buffers: s.stored(rows, into=b)
+    ways["zarr-python float16"] = zarr_python(stores["float16"])
+    ways |= tensorstore(stores["float16"])
+    return ways
+
+
+def plain(path: Path, raw: NDArray[np.float16]) -> Read:
+    descriptor, buffer = os.open(path, os.O_RDONLY), np.empty((BATCH, raw.shape[1]), np.float16)
+
+    def read(rows: NDArray[np.intp]) -> None:
+        for i, row in enumerate(rows.tolist()):
+            os.preadv(descriptor, [buffer[i]], row * buffer[i].nbytes)
+
+    return read
+
+
+def sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def zarr_python(store: FeatureStore) -> Read:
+    root = zarr.open_group(store.path, mode="r")
+    arrays = [root[f"features/{group}/values"] for group in store.groups]
+    return lambda rows: [np.stack([array[row] for row in rows.tolist()]) for array in arrays]
+
+
+def tensorstore(store: FeatureStore) -> dict[str, Read]:
+    try:
+        import tensorstore as ts
+    except ImportError:
+        print("tensorstore is not installed, so it is not compared")
+        return {}
+    arrays = [
+        ts.open(
+            {"driver": "zarr3", "kvstore": f"file://{store.path}/features/{group}/values"},
+            open=True,
+            read=True,
+        ).result()
+        for group in store.groups
+    ]
+
+    def read(rows: NDArray[np.intp]) -> None:
+        for future in [array[rows.tolist()].read() for array in arrays]:
+            future.result()
+
+    return {"tensorstore float16": read}
+
+
+def one_layer(raw: NDArray[np.float16], store: FeatureStore, layers: list[LayerInfo]) -> dict[str, Read]:
+    """Ways to read the last layer of the table only, one of the largest maps."""
+    width = layers[-1].channels * layers[-1].height * layers[-1].width
+    buffer = np.empty((BATCH, width), np.float16)
+    selection = store.selection(layers=layers[-1].name)
+    buffers = store.stored(np.arange(BATCH), selection)
+
+    def memmap(rows: NDArray[np.intp]) -> None:
+        for i, row in enumerate(rows.tolist()):
+            buffer[i] = raw[row, -width:]
+
+    return {"memmap": memmap, "ours float16": lambda rows: store.stored(rows, selection, buffers)}
+
+
+def compare(
+    title: str,
+    ways: dict[str, Read],
+    stores: dict[str, FeatureStore],
+    folder: Path,
+    args: argparse.Namespace,
+    tile_bytes: int,
+    cold: bool,
+) -> None:
+    """Time all ways in turn; print tiles per second and the median ratio to the first."""
+    random, seconds = np.random.default_rng(1), {name: [] for name in ways}
+    for turn in range(args.turns + 1):
+        rows = random.permutation(args.tiles)[:BATCH]
+        for name, read in ways.items():
+            if cold:
+                forget(folder)
+            began = time.perf_counter()
+            read(rows)
+            if turn:  # the first fills the caches
+                seconds[name].append(time.perf_counter() - began)
+    first = seconds[next(iter(ways))]
+    print(f"\n{title}")
+    for name, taken in seconds.items():
+        ratio = median(a / b for a, b in zip(first, taken, strict=True))
+        speed = BATCH / median(taken)
+        print(f"  {name:22} {speed:9.0f} tiles/s  {speed * tile_bytes / 1e6:8.0f} MB/s  {ratio:5.2f}")
+
+
+def forget(folder: Path) -> None:
+    """Empty the page cache of all files of a folder."""
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    main()
