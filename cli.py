@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from satdifuser.errors import SatDiFuserError, SettingsError
-from satdifuser.store.commands import json_option, store, store_argument
+from satdifuser.store.commands import json_option, overwrite_option, store, store_argument
 
 if TYPE_CHECKING:
     from satdifuser.pipeline import Pipeline
@@ -73,9 +73,6 @@ def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
         type=click.Path(path_type=Path),
         help="Pipeline file, or the name of a preset.  [default: the packaged pipeline.yaml]",
     )(command)
-
-
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
 
 
 def _load(config: Path | None, overrides: tuple[str, ...]) -> Pipeline:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import click
 
+from satdifuser.errors import SettingsError
+from satdifuser.store.settings import Encoding, StoreSettings
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
 store_argument = click.argument("store", type=click.Path(path_type=Path))
 
 
@@ -54,3 +59,53 @@ def verify(ctx: click.Context, store: Path, deep: bool, as_json: bool) -> None:
             err=True,
         )
     ctx.exit(1 if problems else 0)
+
+
+@store.command()
+@store_argument
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The copy's folder.")
+@click.option("--splits", help="Only tiles of these splits, e.g. train,val.")
+@click.option("--tiles", default="*", show_default=True, help="Only tiles whose id matches this pattern.")
+@click.option("--timesteps", help="Only these timesteps, e.g. 21,61.")
+@click.option("--layers", default="*", show_default=True, help="Only layers that match one of these.")
+@click.option("--encoding", type=click.Choice(get_args(Encoding)), help="Another encoding.")
+@overwrite_option
+def copy(
+    store: Path,
+    out: Path,
+    splits: str | None,
+    tiles: str,
+    timesteps: str | None,
+    layers: str,
+    encoding: Encoding | None,
+    overwrite: bool,
+) -> None:
+    """Copy a store or a part of it, or go on with a copy that was interrupted."""
+    from satdifuser.store.copy import copy_store
+    from satdifuser.store.reader import open_store
+
+    opened = open_store(store)
+    steps = [_whole_number(text) for text in timesteps.split(",")] if timesteps else None
+    settings = StoreSettings(encoding=encoding or opened.attributes.encoding)
+    chosen = splits.split(",") if splits else []
+    click.echo(copy_store(opened, out, chosen, tiles, steps, layers.split(","), settings, overwrite))
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise SettingsError(f"--timesteps: got {text!r}, expected whole numbers, e.g. 21,61") from error
+
+
+@store.command()
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The new store's folder.")
+@overwrite_option
+def merge(first: Path, second: Path, out: Path, overwrite: bool) -> None:
+    """Join two stores of the same features; tiles that both hold must be identical."""
+    from satdifuser.store.copy import merge_stores
+    from satdifuser.store.reader import open_store
+
+    click.echo(merge_stores(open_store(first), open_store(second), out, overwrite))

@@ -250,14 +250,21 @@ class FeatureStore(ShardedStore):
         pooled: Floats = self.gather(f"features/{group}/pooled", rows)
         return pooled
 
-    def layer_positions(self, pattern: str = "*") -> list[tuple[str, int, str]]:
-        """Layers that match a pattern, in table order: (group, index within the group, name)."""
+    def layer_positions(self, patterns: str | Sequence[str] = "*") -> list[tuple[str, int, str]]:
+        """Layers that match a pattern or one of several: (group, index within the group, name), in order.
+
+        Raises:
+            SettingsError: a pattern matches none.
+        """
         where = {p: (group, i) for group, held in self.groups.items() for i, p in enumerate(held)}
         names = [layer.name for layer in self.attributes.layers]
-        found = [(*where[p], name) for p, name in enumerate(names) if fnmatchcase(name, pattern)]
-        if not found:
-            raise SettingsError(f"layer {pattern!r} is not in {self.path}{suggest(pattern, names)}")
-        return found
+        chosen = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            matching = {p for p, name in enumerate(names) if fnmatchcase(name, pattern)}
+            if not matching:
+                raise SettingsError(f"layer {pattern!r} is not in {self.path}{suggest(pattern, names)}")
+            chosen |= matching
+        return [(*where[p], names[p]) for p in sorted(chosen)]
 
     def _timestep_position(self, timestep: int) -> int:
         held = self.attributes.timesteps
@@ -298,12 +305,14 @@ class FeatureStore(ShardedStore):
             for group, layers in chosen.layers.items()
         }
 
-    def selection(self, timesteps: Sequence[int] | None = None, layers: str = "*") -> Selection:
+    def selection(
+        self, timesteps: Sequence[int] | None = None, layers: str | Sequence[str] = "*"
+    ) -> Selection:
         """Some timesteps and layers of this store, by position.
 
         Args:
             timesteps: Held timesteps; None for all.
-            layers: A layer name or pattern.
+            layers: A layer name or pattern, or several.
 
         Raises:
             SettingsError: a timestep is not held, or no layer matches.

@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from satdifuser.extract.unet import SatUNet
-from satdifuser.store.encoding import decode_formula
-from satdifuser.store.schema import Attributes, Hashes
+from satdifuser.store.encoding import decode_formula, encode
+from satdifuser.store.reader import FeatureStore
+from satdifuser.store.schema import Attributes, Hashes, LayerInfo, canonical_hash, contents_hash, group_layers
+from satdifuser.store.settings import Encoding
+from satdifuser.store.writer import Encoded, StoreWriter, TileRow, create_store
 
 
 def store_attributes(**fields: Any) -> Attributes:
@@ -28,6 +32,80 @@ def store_attributes(**fields: Any) -> Attributes:
         "planned": Hashes(feature="f", contents="c", labels="l"),
     }
     return Attributes.model_validate(common | fields)
+
+
+RANDOM_STEPS = [1, 21, 101]
+
+
+def random_store(
+    path: Path,
+    layers: list[LayerInfo],
+    tiles: int,
+    encoding: Encoding = "float32",
+    first: int = 0,
+    **fields: Any,
+) -> FeatureStore:
+    """A store of tiles ``t0`` … whose features depend on their number alone; the second was skipped."""
+    a = store_attributes(
+        **{
+            "task": "classification",
+            "classes": ["sea", "land"],
+            "tiles": tiles,
+            "tile_size": (16, 16),
+            "tiles_per_shard": 3,
+            "timesteps": RANDOM_STEPS,
+            "layers": layers,
+            "encoding": encoding,
+            "previews": True,
+            "colour_statistics": ["mean"],
+            "settings": {},
+            "planned": Hashes(
+                feature=canonical_hash({}),
+                contents=contents_hash([f"t{first + i}" for i in range(tiles)], RANDOM_STEPS, layers),
+                labels="",
+            ),
+        }
+        | fields
+    )
+    create_store(path, a)
+    writer = StoreWriter(path)
+    for shard in range(a.shards):
+        numbers = [first + tile for tile in range(*a.shard_range(shard))]
+        rows = [random_row(number) for number in numbers]
+        kept = [number for number in numbers if number != SKIPPED]
+        writer.write_shard(shard, rows, [random_features(number, layers, encoding) for number in kept], {})
+    return FeatureStore(path)
+
+
+SKIPPED = 1
+
+
+def random_row(number: int) -> TileRow:
+    """What a random store keeps of a tile beside its features."""
+    if number == SKIPPED:
+        return TileRow(f"t{number}", "train", skip_reason="all nan")
+    return TileRow(
+        f"t{number}",
+        ("train", "train", "val", "test")[number % 4],
+        crs="EPSG:32632",
+        bounds=(number, 0, number + 1, 1),
+        transform=(1, 0, number, 0, -1, 1),
+        valid_share=1 / (1 + number),
+        padded=number % 3 == 0,
+        colour=np.array([number], np.float32),
+        target=None if number == 0 else np.array(number % 2, np.int32),
+        preview=np.full((16, 16, 3), number, np.uint8),
+    )
+
+
+def random_features(number: int, layers: list[LayerInfo], encoding: Encoding) -> Encoded:
+    """Encoded features of one tile of a random store."""
+    random, encoded = np.random.default_rng(number), {}
+    for group, held in group_layers(layers).items():
+        layer = layers[held[0]]
+        shape = (1, len(RANDOM_STEPS), len(held), layer.channels, layer.height, layer.width)
+        encoded[group] = encode(random.standard_normal(shape, dtype=np.float32), encoding)
+    return encoded
 
 
 def run_record(**fields: Any) -> dict[str, Any]:
