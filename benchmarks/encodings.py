@@ -2,10 +2,9 @@
 
     python benchmarks/encodings.py FLOAT32_STORE --out FOLDER [--seeds 5] [--epochs 20]
 
-FLOAT32_STORE is extracted with `--set store.encoding=float32` from labelled tiles. FOLDER keeps copies of it in
-every encoding, and one run of the global fusion per encoding and seed; the same command goes on where it
-stopped. The error of a layer is that of its maps minus their channel means, since these carry much of their
-energy.
+FLOAT32_STORE is extracted with `--set store.encoding=float32` from labelled tiles. FOLDER keeps a copy in each
+encoding, and one run of the global fusion per encoding and seed; the command goes on where it stopped.
+The error of a layer is that of its maps minus their channel means, which carry much of their energy.
 """
 
 from __future__ import annotations

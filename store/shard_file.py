@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ CHECKSUM_BYTES = 4
 ENTRY_BYTES = 16  # offset and size of a chunk, uint64 each
 ABSENT = np.iinfo(np.uint64).max  # both numbers of a chunk that is not there
 MAX_BUFFERS = 1024  # of one request; the least that POSIX systems allow in practice
-CACHED_BYTES = 512 * 1024  # of one request: what stays in the cache until its checksum is taken
+CACHED_BYTES = 1024 * 1024  # of one request: what stays in the cache until its checksum is taken
 BLOSC_LEVEL = 1
 
 
@@ -65,6 +65,14 @@ def compress(chunk: Bytes, itemsize: int) -> bytes:
 
 def _checksum(data: bytes | Bytes) -> bytes:
     return struct.pack("<I", google_crc32c.value(data))
+
+
+class Checksums:
+    """Room for the recorded checksums of a request; for one thread."""
+
+    def __init__(self, chunks: int) -> None:
+        self.recorded = np.empty((chunks, CHECKSUM_BYTES), np.uint8)
+        self.parts = list(self.recorded)
 
 
 class ShardFile:
@@ -112,47 +120,49 @@ class ShardFile:
         offsets, sizes = np.where(present[:, None], index, 0).T
         return offsets.tolist(), sizes.tolist()
 
-    def read(self, first: int, chunks: Sequence[Bytes]) -> None:
+    def read(self, first: int, chunks: list[Bytes], room: Checksums) -> None:
         """Read successive chunks, and check each.
 
         Args:
             first: Number of the first chunk.
             chunks: Where each goes: (chunk_bytes,) uint8.
+            room: For the checksums of as many chunks or more.
 
         Raises:
             DamagedShardError: a chunk is absent, or differs from its checksum, or the file ends early.
         """
         if first + len(chunks) <= self._ordered:  # as this package writes them
             for start in range(0, len(chunks), self._per_request):
-                self._read_raw(self._offsets[first + start], chunks[start : start + self._per_request])
+                self._read_raw(self._offsets[first + start], chunks[start : start + self._per_request], room)
             return
         for number, chunk in enumerate(chunks, first):
             if not self._sizes[number]:
                 raise DamagedShardError(f"chunk {number} is absent")
             if self.compressed:
-                self._read_compressed(self._offsets[number], self._sizes[number], chunk)
+                self._read_compressed(self._offsets[number], self._sizes[number], chunk, room)
             else:
-                self._read_raw(self._offsets[number], [chunk])
+                self._read_raw(self._offsets[number], [chunk], room)
 
-    def _read_raw(self, offset: int, chunks: Sequence[Bytes]) -> None:
-        """Read chunks that follow one another in the file."""
-        checksums = np.empty((len(chunks), CHECKSUM_BYTES), np.uint8)
-        self._fill(offset, [part for pair in zip(chunks, checksums, strict=True) for part in pair])
-        for chunk, recorded in zip(chunks, checksums.view("<u4").ravel().tolist(), strict=True):
-            if google_crc32c.value(chunk) != recorded:
-                raise DamagedShardError(f"the checksum of a chunk at byte {offset} or after is wrong")
+    def _read_raw(self, offset: int, chunks: list[Bytes], room: Checksums) -> None:
+        """Read chunks of one size that follow one another in the file."""
+        count = len(chunks)
+        buffers: list[Any] = [None] * (2 * count)
+        buffers[::2], buffers[1::2] = chunks, room.parts[:count]
+        self._fill(offset, buffers, count * (len(chunks[0]) + CHECKSUM_BYTES))
+        recorded = room.recorded[:count].view("<u4")[:, 0].tolist()
+        if [google_crc32c.value(chunk) for chunk in chunks] != recorded:
+            raise DamagedShardError(f"the checksum of a chunk at byte {offset} or after is wrong")
 
-    def _read_compressed(self, offset: int, size: int, chunk: Bytes) -> None:
+    def _read_compressed(self, offset: int, size: int, chunk: Bytes, room: Checksums) -> None:
         packed = np.empty(size - CHECKSUM_BYTES, np.uint8)
-        self._read_raw(offset, [packed])
+        self._read_raw(offset, [packed], room)
         if len(packed) < 16 or int(packed[4:8].view("<u4")[0]) != self.chunk_bytes:
             raise DamagedShardError(
                 f"the chunk at byte {offset} does not inflate to {self.chunk_bytes} bytes"
             )
         blosc.decompress(packed, chunk)
 
-    def _fill(self, offset: int, buffers: Sequence[Any]) -> None:
-        wanted = sum([len(buffer) for buffer in buffers])
+    def _fill(self, offset: int, buffers: list[Any], wanted: int) -> None:
         got = os.preadv(self._descriptor, buffers, offset)
         while got < wanted:  # a signal, or more than one request may carry
             rest = _after(buffers, got)
@@ -162,7 +172,7 @@ class ShardFile:
             got += more
 
 
-def _after(buffers: Sequence[Any], done: int) -> list[Any]:
+def _after(buffers: list[Any], done: int) -> list[Any]:
     """The part of some buffers behind their first `done` bytes."""
     rest = []
     for buffer in buffers:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satdifuser.errors import StoreError
-from satdifuser.store.shard_file import Bytes, DamagedShardError, ShardFile
+from satdifuser.store.shard_file import Bytes, Checksums, DamagedShardError, ShardFile
 
 Indices = NDArray[np.intp]
 SHARE_OF_DESCRIPTORS = 4  # open at most this part of the files a process may have open
@@ -92,12 +92,12 @@ class ShardedArray:
         out = np.empty(shape, self.dtype) if out is None else out[: len(rows)]
         if not len(rows):
             return out
-        stretches = runs(layers)
+        stretches, room = runs(layers), Checksums(max(1, len(layers)))
         tiles = out.reshape(*shape[:3], -1).view(np.uint8)
         shards, places = (part.tolist() for part in np.divmod(rows, self.tiles_per_shard))
         for number, step in enumerate(steps):
             for i in np.argsort(rows, kind="stable").tolist():
-                self._read_tile(shards[i], step, places[i], layers, stretches, tiles[i, number])
+                self._read_tile(shards[i], step, places[i], layers, stretches, tiles[i, number], room)
         return out
 
     def _read_tile(
@@ -108,15 +108,16 @@ class ShardedArray:
         layers: Sequence[int],
         stretches: Sequence[tuple[int, int]],
         out: Bytes,
+        room: Checksums,
     ) -> None:
         first = place * self.chunks_per_tile
         try:
             file = self.files.get((self.key, shard, step), lambda: self._open(shard, step))
             if self.layers_per_chunk > 1:
-                self._read_whole(file, first, layers, out)
+                self._read_whole(file, first, layers, out, room)
                 return
             for start, stop in stretches:
-                file.read(first + layers[start], list(out[start:stop]))
+                file.read(first + layers[start], list(out[start:stop]), room)
         except (DamagedShardError, OSError, RuntimeError) as error:  # blosc raises RuntimeError
             raise StoreError(
                 f"{self.store}: {self.key}, tile {shard * self.tiles_per_shard + place}: cannot be read "
@@ -131,13 +132,15 @@ class ShardedArray:
         places = self.tiles_per_shard * self.chunks_per_tile
         return ShardFile(self._path(shard, step), places, self.chunk_bytes, self.compressed)
 
-    def _read_whole(self, file: ShardFile, first: int, layers: Sequence[int], out: Bytes) -> None:
+    def _read_whole(
+        self, file: ShardFile, first: int, layers: Sequence[int], out: Bytes, room: Checksums
+    ) -> None:
         """Read the one chunk that holds all layers of a tile, and keep those wanted."""
         if len(layers) == self.layers_per_chunk and runs(layers) == [(0, len(layers))]:
-            file.read(first, [out.reshape(-1)])
+            file.read(first, [out.reshape(-1)], room)
             return
         whole = np.empty(self.chunk_bytes, np.uint8)
-        file.read(first, [whole])
+        file.read(first, [whole], room)
         out[:] = whole.reshape(self.layers_per_chunk, -1)[list(layers)]
 
 

@@ -24,7 +24,7 @@ from satdifuser.store.batches import BatchReader, read_ahead
 from satdifuser.store.encoding import FORMS
 from satdifuser.store.reader import FeatureStore, Stored
 from satdifuser.store.schema import LayerInfo
-from satdifuser.store.shard_file import DamagedShardError, ShardFile, pack_shard
+from satdifuser.store.shard_file import Checksums, DamagedShardError, ShardFile, pack_shard
 from satdifuser.store.sharded_array import runs
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
@@ -55,7 +55,7 @@ def chunks(count: int, size: int, seed: int = 0) -> NDArray[np.uint8]:
 
 def read_all(path: Path, places: int, size: int, count: int, compressed: bool = False) -> NDArray[np.uint8]:
     found = np.empty((count, size), np.uint8)
-    ShardFile(path, places, size, compressed).read(0, list(found))
+    ShardFile(path, places, size, compressed).read(0, list(found), Checksums(count))
     return found
 
 
