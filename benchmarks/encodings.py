@@ -2,8 +2,8 @@
 
     python benchmarks/encodings.py FLOAT32_STORE --out FOLDER [--seeds 5] [--epochs 20]
 
-FLOAT32_STORE is extracted with `--set store.encoding=float32` from labelled tiles. FOLDER keeps a copy in each
-encoding, and one run of the global fusion per encoding and seed; the command goes on where it stopped.
+FLOAT32_STORE is extracted with `--set store.encoding=float32` from labelled tiles. FOLDER keeps a copy in
+each encoding, and one run of the global fusion per encoding and seed; the command goes on where it stopped.
 The error of a layer is that of its maps minus their channel means, which carry much of their energy.
 """
 
