@@ -27,7 +27,7 @@ from satdifuser.store.encoding import decode_formula, encode
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import Attributes, Hashes, LayerInfo, group_layers
 from satdifuser.store.settings import Encoding
-from satdifuser.store.writer import StoreWriter, TileRow, create_store
+from satdifuser.store.writer import TileRow, open_or_create
 
 BATCH = 16
 SHARD = 32
@@ -118,17 +118,13 @@ def write_store(
         planned=Hashes(feature="", contents="", labels=""),
         settings={},
     )
-    create_store(path, attributes)
-    writer = StoreWriter(path)
-    for shard in range(attributes.shards):
-        rows = range(*attributes.shard_range(shard))
-        batches = [
-            {group: encode(maps, encoding) for group, maps in split_tile(raw[row], layers).items()}
-            for row in rows
-        ]
-        writer.write_shard(
-            shard, [TileRow(str(row), "train", colour=np.empty(0, np.float32)) for row in rows], batches, {}
-        )
+    with open_or_create(path, attributes, overwrite=True) as writer:
+        for shard in range(attributes.shards):
+            tiles = range(*attributes.shard_range(shard))
+            rows = [TileRow(str(tile), "train", colour=np.empty(0, np.float32)) for tile in tiles]
+            groups = [split_tile(raw[tile], layers) for tile in tiles]
+            batches = [{name: encode(maps, encoding) for name, maps in tile.items()} for tile in groups]
+            writer.write_shard(shard, rows, batches, {})
     return FeatureStore(path)
 
 

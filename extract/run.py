@@ -5,7 +5,6 @@ Shards are the unit of work and of restart.
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from satdifuser.extract.sources import list_tiles, open_source
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.store.encoding import FORMS, encode
+from satdifuser.store.files import discard
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import LayerInfo, group_layers
 from satdifuser.store.writer import Encoded, StoreWriter, TileRow, open_or_create
@@ -51,7 +51,8 @@ def extract(job: Job, out: Path, overwrite: bool = False) -> FeatureStore:
         The complete store.
 
     Raises:
-        StoreError: the store at `out` was made with other settings, or of images that are others now.
+        StoreError: the store at `out` was made with other settings, or of images that are others now, or
+            another process is writing to it.
         SourceError: every tile was skipped; no store is left.
         SatDiFuserError: bad settings or input; whatever was committed stays.
     """
@@ -64,12 +65,12 @@ def extract(job: Job, out: Path, overwrite: bool = False) -> FeatureStore:
     torch.set_num_threads(int(job.settings.threads))
     backbone = load_backbone(info, job.backbone_settings)
     attributes = new_attributes(job, source, records, backbone, image_size, layers)
-    writer = open_or_create(out, attributes, overwrite)
-    refuse_changed(FeatureStore(out), records, lambda record: read_row(job, source, record)[0])
-    extractor = FeatureExtractor(backbone, job.settings, layers)
-    _fill(Work(job, source, extractor, image_size, metadata), records, writer)
-    store = FeatureStore(out)
-    _report_skipped(store)
+    with open_or_create(out, attributes, overwrite) as writer:
+        refuse_changed(FeatureStore(out), records, lambda record: read_row(job, source, record)[0])
+        extractor = FeatureExtractor(backbone, job.settings, layers)
+        _fill(Work(job, source, extractor, image_size, metadata), records, writer)
+        store = FeatureStore(out)
+        _report_skipped(store)
     return store
 
 
@@ -86,6 +87,8 @@ class Work:
 
 def _fill(work: Work, records: Sequence[TileRecord], writer: StoreWriter) -> None:
     missing = writer.missing_shards()
+    if there := writer.attributes.shards - len(missing):
+        print(f"going on: {there} of {writer.attributes.shards} shards are there", file=sys.stderr)
     ranges = {shard: writer.attributes.shard_range(shard) for shard in missing}
     todo = sum(stop - start for start, stop in ranges.values())
     values, warning, written = ValueRange(work.job.images), "", 0
@@ -219,7 +222,7 @@ def _report_skipped(store: FeatureStore) -> None:
         return
     lines = [f"  {name}: {why}" for name, why in zip(skipped.tile_id, skipped.skip_reason, strict=True)]
     if len(skipped) == len(tiles):
-        shutil.rmtree(store.path)
+        discard(store.path)
         raise SourceError(
             f"all {len(tiles)} tiles were skipped, so there is nothing to extract and no store was kept; the "
             f"first:\n{lines[0]}\nmend the images or the source's settings, seen by `satdifuser tiles`"

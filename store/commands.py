@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
 
-from satdifuser.errors import SettingsError
+from satdifuser.errors import SettingsError, StoreError
 from satdifuser.store.settings import Encoding, StoreSettings
 
+if TYPE_CHECKING:
+    from satdifuser.store.verify import Findings
+
+AGAIN = "run the same `satdifuser extract` command again"
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
 store_argument = click.argument("store", type=click.Path(path_type=Path))
@@ -41,24 +45,58 @@ def info(store: Path, as_json: bool) -> None:
 def verify(ctx: click.Context, store: Path, deep: bool, as_json: bool) -> None:
     """Check a store against its own records; exit 1 where anything is wrong."""
     from satdifuser.store.reader import open_store
-    from satdifuser.store.verify import verify as check
+    from satdifuser.store.verify import Findings, inspect_store
 
-    opened = open_store(store)
-    problems = check(opened, deep)
+    try:
+        opened = open_store(store)
+    except StoreError as error:
+        if as_json:
+            click.echo(_report(deep, Findings([], {}, []), [str(error)]))
+        raise
+    found = inspect_store(opened, deep)
+    problems = found.problems()
     if as_json:
-        click.echo(json.dumps({"ok": not problems, "deep": deep, "problems": problems}))
+        click.echo(_report(deep, found, problems))
     else:
         cheap = "all files are there in their sizes; --deep also reads every byte"
         click.echo("\n".join(problems) or f"{store}: {'whole (every byte checked)' if deep else cheap}")
-    if opened.missing_shards():
-        click.echo(f"{opened.missing_text()}: run the same `satdifuser extract` command again", err=True)
-    elif problems:
+    if found.damaged:
+        deeply = " --deep" if deep else ""
         click.echo(
-            f"to mend: delete {store}/commits/c/N of each damaged shard N, then run the same "
-            "`satdifuser extract` command again; or copy the store anew",
+            f"to mend: `satdifuser store repair {store}{deeply}` drops the damaged shards, and the same "
+            "`satdifuser extract` command again redoes them; or copy the store anew",
             err=True,
         )
+    elif problems:
+        click.echo(f"{opened.missing_text() if found.missing else 'to mend'}: {AGAIN}", err=True)
     ctx.exit(1 if problems else 0)
+
+
+@store.command()
+@store_argument
+@click.option("--deep", is_flag=True, help="Read every byte to find damage, as `verify --deep` does.")
+@json_option
+def repair(store: Path, deep: bool, as_json: bool) -> None:
+    """Drop a store's damaged shards, so that its `satdifuser extract` command redoes just those."""
+    from satdifuser.store.repair import repair as drop_damaged
+
+    found = drop_damaged(store, deep)
+    missing = sorted([*found.missing, *found.damaged])
+    if as_json:
+        click.echo(json.dumps({"dropped": sorted(found.damaged), "missing": missing}))
+    else:
+        lines = [f"dropped shard {shard}: {problems[0]}" for shard, problems in sorted(found.damaged.items())]
+        click.echo("\n".join(lines) or f"{store}: no damaged shard")
+    if missing:
+        click.echo(f"to redo what is missing: {AGAIN}", err=True)
+    elif not deep:
+        click.echo("--deep also finds damage that left the files' sizes as they were", err=True)
+
+
+def _report(deep: bool, found: Findings, problems: list[str]) -> str:
+    """What `verify --json` prints."""
+    facts = {"missing": found.missing, "damaged": sorted(found.damaged), "problems": problems}
+    return json.dumps({"ok": not problems, "deep": deep} | facts)
 
 
 @store.command()

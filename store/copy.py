@@ -78,7 +78,8 @@ def copy_store(
     part = Part(store, _chosen_rows(store, splits, tiles), store.selection(timesteps, layers))
     settings = settings or StoreSettings(encoding=store.attributes.encoding)
     attributes = _copied_attributes(part, settings)
-    _fill(open_or_create(out, attributes, overwrite), [part], settings)
+    with open_or_create(out, attributes, overwrite) as writer:
+        _fill(writer, [part], settings)
     return FeatureStore(out)
 
 
@@ -98,7 +99,8 @@ def merge_stores(
     parts = [Part(first, _chosen_rows(first), everything), Part(second, new, everything)]
     settings = StoreSettings(encoding=first.attributes.encoding)
     attributes = _described(parts, first.attributes, settings)
-    _fill(open_or_create(out, attributes, overwrite), parts, settings)
+    with open_or_create(out, attributes, overwrite) as writer:
+        _fill(writer, parts, settings)
     return FeatureStore(out)
 
 
@@ -265,10 +267,11 @@ def tile_rows(store: FeatureStore, rows: Indices) -> list[TileRow]:
     found = []
     for i in range(len(rows)):
         split = {name: str(codes[i]) for name, codes in splits.items()}
+        fields: dict[str, Any] = {name: str(column[i]) for name, column in texts.items()}
+        fields |= {name: tuple(column[i].tolist()) for name, column in numbers.items()}
         found.append(
             TileRow(
-                **{name: str(column[i]) for name, column in texts.items()},
-                **{name: tuple(column[i].tolist()) for name, column in numbers.items()},
+                **fields,
                 split=split[a.partition],
                 valid_share=float(shares[i]),
                 padded=bool(padded[i]),

@@ -6,15 +6,21 @@ before the data it vouches for.
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import os
+import shutil
 import uuid
 from pathlib import Path
 
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
+from satdifuser.errors import StoreError
+
 PARTIAL_SUFFIX = ".partial"
+ASIDE_SUFFIX = ".creating"  # beside a store: becoming one, or no longer one
 
 
 class DurableStore(LocalStore):
@@ -44,6 +50,11 @@ class DurableStore(LocalStore):
             self._failure = error
             raise
         self.written[key] = (len(data), hashlib.sha256(data).hexdigest())
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Zarr makes the groups above an array in this way."""
+        if not (self.root / key).exists():
+            await self.set(key, value)
 
     def forget(self) -> None:
         """Start a new list of written keys."""
@@ -81,6 +92,47 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, durably."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync_folder(place.parent)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder: its name goes at once and durably, so that it never names half of it."""
+    aside = aside_name(folder)
+    folder.rename(aside)
+    sync_folder(folder.parent)
+    shutil.rmtree(aside)
+
+
+def aside_name(path: Path) -> Path:
+    """A name beside a store for what is not yet, or no longer, that store."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{ASIDE_SUFFIX}")
+
+
+def remove_aside(path: Path) -> None:
+    """Delete what interrupted creations and deletions of a store left beside it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{ASIDE_SUFFIX}"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def write_error(path: Path, error: OSError, shard: int | None = None) -> StoreError:
+    """Explain a write that failed."""
+    where = f"{path}" if shard is None else f"{path}: shard {shard}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(
+            f"{where}: the disk is full; committed shards are kept: free some space and run the same "
+            "command again"
+        )
+    return StoreError(
+        f"{where}: cannot write: {error}; committed shards are kept: mend the cause and run the same command "
+        "again"
+    )
 
 
 def file_digest(path: Path) -> str:

@@ -36,15 +36,20 @@ class ShardedStore:
     @cached_property
     def commits(self) -> list[dict[str, Any]]:
         """Commit records by shard; an empty one where the shard is missing."""
-        return [self._commit(shard) for shard in range(self.attributes.shards)]
+        return [self.commit(shard) for shard in range(self.attributes.shards)]
 
-    def _commit(self, shard: int) -> dict[str, Any]:
+    def commit(self, shard: int) -> dict[str, Any]:
+        """The commit record of one shard; empty where the shard is missing.
+
+        Raises:
+            StoreError: the record is damaged.
+        """
         try:
             text = str(self._array("commits")[shard])
             record: dict[str, Any] = json.loads(text) if text else {}
         except DAMAGE as error:
             raise StoreError(
-                f"{self.path}: the commit record of shard {shard} is damaged ({error}); {self._redo(shard)}"
+                f"{self.path}: the commit record of shard {shard} is damaged ({error}); {self._redo()}"
             ) from error
         return record
 
@@ -79,7 +84,7 @@ class ShardedStore:
             problems, files = self.file_problems[shard], self.commits[shard]["files"]
             raise StoreError(
                 f"{self.path}: shard {shard}: {problems[0]} ({len(problems)} of its {len(files)} files); "
-                f"{self._redo(shard)}"
+                f"{self._redo()}"
             )
         if not asked.isdisjoint(self.missing_shards()):
             raise StoreError(
@@ -96,10 +101,10 @@ class ShardedStore:
             f"{len(missing)} of {self.attributes.shards} shards are missing ({tiles} tiles; shards {named})"
         )
 
-    def _redo(self, shard: int) -> str:
+    def _redo(self) -> str:
         return (
-            f"delete {self.path}/commits/c/{shard} and run the same `satdifuser extract` command again to "
-            "redo this shard, or copy the store anew"
+            f"`satdifuser store repair {self.path}` drops this shard, and the same `satdifuser extract` "
+            "command again redoes it; or copy the store anew"
         )
 
     def size_bytes(self) -> int:

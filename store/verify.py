@@ -5,12 +5,38 @@ Metadata needs no place here: opening the store has checked it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
 import numpy as np
 from tqdm import tqdm
 
+from satdifuser.errors import StoreError
 from satdifuser.store.encoding import tile_digests
 from satdifuser.store.files import PARTIAL_SUFFIX, file_digest
 from satdifuser.store.reader import FeatureStore
+
+WORKERS = 4  # shards checked at once
+TILES_AT_ONCE = 8  # of one shard, so that memory stays small
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a check of a store found."""
+
+    missing: list[int]  # shards that are not committed
+    damaged: dict[int, list[str]]  # what is wrong with a shard or its commit record, by shard
+    orphans: list[str]  # files that an interrupted write left
+
+    def problems(self) -> list[str]:
+        """All of it, one line each."""
+        lines = [f"shard {shard}: not committed" for shard in self.missing]
+        lines += [f"{name}: left by an interrupted write" for name in self.orphans]
+        damaged = sorted(self.damaged.items())
+        return lines + [f"shard {shard}: {problem}" for shard, found in damaged for problem in found]
 
 
 def verify(store: FeatureStore, deep: bool = False) -> list[str]:
@@ -19,20 +45,61 @@ def verify(store: FeatureStore, deep: bool = False) -> list[str]:
     Args:
         store: The store.
         deep: Also hash every file, decode every array and recompute every tile's digest.
-
-    Raises:
-        StoreError: a commit record is damaged.
     """
-    problems = [f"shard {shard}: not committed" for shard in store.missing_shards()]
+    return inspect_store(store, deep).problems()
+
+
+def inspect_store(store: FeatureStore, deep: bool = False) -> Findings:
+    """The same, by shard."""
+    records: list[dict[str, Any]] = []
+    damaged: dict[int, list[str]] = {}
+    for shard in range(store.attributes.shards):
+        try:
+            records.append(_read_commit(store, shard))
+        except StoreError as error:
+            records.append({})
+            damaged[shard] = [str(error)]
+    readable = FeatureStore(store.path)
+    readable.commits = records  # a damaged record hides no other shard
+    missing = [shard for shard in readable.missing_shards() if shard not in damaged]
+    damaged |= dict(_check_shards(readable, deep))
     orphans = sorted(store.path.rglob(f"*{PARTIAL_SUFFIX}"))
-    problems += [f"{path.relative_to(store.path)}: left by an interrupted write" for path in orphans]
+    return Findings(missing, damaged, [str(path.relative_to(store.path)) for path in orphans])
+
+
+def _read_commit(store: FeatureStore, shard: int) -> dict[str, Any]:
+    try:
+        record = store.commit(shard)
+        for key, (size, digest) in record["files"].items() if record else ():
+            inside = not PurePosixPath(key).is_absolute() and ".." not in PurePosixPath(key).parts
+            if not (inside and isinstance(size, int) and isinstance(digest, str)):
+                raise ValueError(f"unexpected entry {key!r}")
+    except StoreError as error:
+        raise StoreError(f"commits/c/{shard} is damaged ({error.__cause__})") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"commits/c/{shard} is no commit record ({error})") from error
+    return record
+
+
+def _check_shards(store: FeatureStore, deep: bool) -> Iterator[tuple[int, list[str]]]:
+    """What is wrong with each committed shard; shards without problems left out."""
     committed = [shard for shard, record in enumerate(store.commits) if record]
-    for shard in tqdm(committed, desc="verify", unit="shard", disable=None):
-        found = store.file_problems.get(shard, [])
-        if deep and not found:
-            found = _altered_files(store, shard) or _wrong_digests(store, shard)
-        problems += [f"shard {shard}: {problem}" for problem in found]
-    return problems
+    problems = store.file_problems  # looked up before there are several threads
+
+    def check(shard: int) -> list[str]:
+        return problems.get(shard) or (_wrong_bytes(store, shard) if deep else [])
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        found = pool.map(check, committed)
+        bar = tqdm(found, total=len(committed), desc="verify", unit="shard", disable=None)
+        yield from ((shard, lines) for shard, lines in zip(committed, bar, strict=True) if lines)
+
+
+def _wrong_bytes(store: FeatureStore, shard: int) -> list[str]:
+    try:
+        return _altered_files(store, shard) or _wrong_digests(store, shard)
+    except (OSError, StoreError) as error:
+        return [f"cannot be read: {error}"]
 
 
 def _altered_files(store: FeatureStore, shard: int) -> list[str]:
@@ -44,16 +111,20 @@ def _altered_files(store: FeatureStore, shard: int) -> list[str]:
 
 
 def _wrong_digests(store: FeatureStore, shard: int) -> list[str]:
-    rows = np.arange(*store.attributes.shard_range(shard))
-    names, reasons, recorded = (
-        store.gather(f"tiles/{name}", rows).tolist() for name in ("tile_id", "skip_reason", "digest")
-    )
-    arrays = store.stored(rows)
-    for group in arrays:
-        arrays[group]["pooled"] = store.pooled_group(group, rows)
-    found = tile_digests(arrays)
-    return [
-        f"tile {name}: features differ from the digest recorded for them"
-        for name, reason, was, now in zip(names, reasons, recorded, found, strict=True)
-        if was != ("" if reason else now)
-    ]
+    start, stop = store.attributes.shard_range(shard)
+    problems = []
+    for first in range(start, stop, TILES_AT_ONCE):
+        rows = np.arange(first, min(first + TILES_AT_ONCE, stop))
+        names, reasons, recorded = (
+            store.gather(f"tiles/{name}", rows).tolist() for name in ("tile_id", "skip_reason", "digest")
+        )
+        arrays = store.stored(rows)
+        for group in arrays:
+            arrays[group]["pooled"] = store.pooled_group(group, rows)
+        found = tile_digests(arrays)
+        problems += [
+            f"tile {name}: features differ from the digest recorded for them"
+            for name, reason, was, now in zip(names, reasons, recorded, found, strict=True)
+            if was != ("" if reason else now)
+        ]
+    return problems

@@ -6,14 +6,14 @@ goes on with the shards that are missing.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
-import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,18 @@ from numpy.typing import NDArray
 
 from satdifuser.errors import StoreError
 from satdifuser.store.encoding import FORMS, Floats, tile_digests
-from satdifuser.store.files import DurableStore, remove_orphans, sync_folder
+from satdifuser.store.files import (
+    DurableStore,
+    aside_name,
+    discard,
+    make_folder,
+    remove_aside,
+    remove_orphans,
+    sync_folder,
+    write_error,
+)
 from satdifuser.store.layout import ROW_TEXT_FIELDS, SPLITS, create_arrays, target_array
+from satdifuser.store.lock import StoreLock
 from satdifuser.store.metadata import is_store, seal
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import ATTRIBUTE_KEY, Attributes, differing_fields
@@ -62,7 +72,7 @@ class TileRow:
 
 def create_store(path: Path, attributes: Attributes) -> None:
     """Create an empty store: all metadata or nothing, whenever the process dies."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.creating")
+    partial = aside_name(path)
     try:
         files = DurableStore(partial)
         root = zarr.create_group(files, zarr_format=3)
@@ -73,31 +83,43 @@ def create_store(path: Path, attributes: Attributes) -> None:
         partial.rename(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def open_or_create(path: Path, attributes: Attributes, overwrite: bool) -> StoreWriter:
-    """Open the store at `path` to go on with it, or create it.
+    """Open the store at `path` to go on with it, or create it; nobody else writes to it meanwhile.
 
     Raises:
-        StoreError: something else is at `path`, or a store made with other settings.
+        StoreError: something else is at `path`, or a store made with other settings, or another process
+            is writing to it, or it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.creating"):
-        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        make_folder(path.parent)
+        with ExitStack() as on_failure:
+            lock = on_failure.enter_context(StoreLock(path))
+            _prepare(path, attributes, overwrite)
+            writer = StoreWriter(path, lock)
+            on_failure.pop_all()
+            return writer
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def _prepare(path: Path, attributes: Attributes, overwrite: bool) -> None:
+    """See to it that a store with these attributes is at `path`."""
+    real = path.resolve()  # a link to a store stays one
+    remove_aside(real)
     if path.exists() and not is_store(path):
         raise StoreError(f"{path}: exists and is not a feature store; choose another output path")
     if path.exists() and not overwrite:
         store = FeatureStore(path)
         if any(store.commits):
-            _check_same(path, store.attributes, attributes)
-            return StoreWriter(path)
+            return _check_same(path, store.attributes, attributes)
     if path.exists():  # to be overwritten, or nothing was committed in it
-        shutil.rmtree(path)
-    create_store(path, attributes)
-    return StoreWriter(path)
+        discard(real)
+    return create_store(real, attributes)
 
 
 def _check_same(path: Path, existing: Attributes, attributes: Attributes) -> None:
@@ -132,14 +154,27 @@ def _brief(attributes: Attributes, name: str) -> str:
 
 
 class StoreWriter:
-    """Fills a store; the only writer of its shards."""
+    """Fills a store; the only writer of its shards until it is closed, or a write has failed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: StoreLock) -> None:
+        self._lock = lock
         self._store = FeatureStore(path)
         remove_orphans(path)
         self._files = DurableStore(path)
         self._root = zarr.open_group(self._files, mode="r+")
         self.attributes = self._store.attributes
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others write to the store."""
+        self._lock.release()
 
     def missing_shards(self) -> list[int]:
         """Shards without a commit record."""
@@ -169,7 +204,8 @@ class StoreWriter:
             files = dict(self._files.written)
             self._commit(shard, {"shard": shard, "files": files, **note})
         except OSError as error:
-            raise _write_error(Path(self._files.root), error, shard) from error
+            self.close()
+            raise write_error(Path(self._files.root), error, shard) from error
         return sum(size for size, _ in files.values())
 
     def _write_data(self, shard: int, rows: Sequence[TileRow], batches: Sequence[Encoded]) -> None:
@@ -241,16 +277,3 @@ class StoreWriter:
 
 def _texts(items: Any) -> NDArray[Any]:
     return np.array(list(items), dtype=np.dtypes.StringDType())
-
-
-def _write_error(path: Path, error: OSError, shard: int | None = None) -> StoreError:
-    where = f"{path}" if shard is None else f"{path}: shard {shard}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoreError(
-            f"{where}: the disk is full; committed shards are kept: free some space and run the same "
-            "command again"
-        )
-    return StoreError(
-        f"{where}: cannot write: {error}; committed shards are kept: mend the cause and run the same command "
-        "again"
-    )

@@ -15,7 +15,7 @@ from satdifuser.store.encoding import decode_formula, encode
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import Attributes, Hashes, LayerInfo, canonical_hash, contents_hash, group_layers
 from satdifuser.store.settings import Encoding
-from satdifuser.store.writer import Encoded, StoreWriter, TileRow, create_store
+from satdifuser.store.writer import Encoded, TileRow, open_or_create
 
 
 def store_attributes(**fields: Any) -> Attributes:
@@ -67,13 +67,13 @@ def random_store(
         }
         | fields
     )
-    create_store(path, a)
-    writer = StoreWriter(path)
-    for shard in range(a.shards):
-        numbers = [first + tile for tile in range(*a.shard_range(shard))]
-        rows = [random_row(number) for number in numbers]
-        kept = [number for number in numbers if number != SKIPPED]
-        writer.write_shard(shard, rows, [random_features(number, layers, encoding) for number in kept], {})
+    with open_or_create(path, a, overwrite=False) as writer:
+        for shard in range(a.shards):
+            numbers = [first + tile for tile in range(*a.shard_range(shard))]
+            rows = [random_row(number) for number in numbers]
+            kept = [number for number in numbers if number != SKIPPED]
+            batches = [random_features(number, layers, encoding) for number in kept]
+            writer.write_shard(shard, rows, batches, {})
     return FeatureStore(path)
 
 

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,19 @@ import pytest
 import xarray as xr
 import zarr
 from click.testing import CliRunner
-from made_up import store_attributes
+from made_up_store import (
+    STEPS,
+    TILES,
+    VALUES,
+    build,
+    contents,
+    contents_or_refusal,
+    files_of,
+    flip,
+    new_attributes,
+    problems,
+    write,
+)
 from numpy.typing import NDArray
 
 from satdifuser.cli import cli
@@ -27,90 +40,11 @@ from satdifuser.errors import StoreError
 from satdifuser.store.encoding import encode
 from satdifuser.store.metadata import seal
 from satdifuser.store.reader import FeatureStore, open_store
-from satdifuser.store.schema import Attributes, LayerInfo
+from satdifuser.store.repair import repair
 from satdifuser.store.verify import verify
-from satdifuser.store.writer import StoreWriter, TileRow, open_or_create
+from satdifuser.store.writer import TileRow, open_or_create
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
-TILES, PER_SHARD, STEPS = 3, 2, [1, 101]
-LAYER = LayerInfo(name="up.0.attn1", channels=2, stride=2, height=2, width=2)
-VALUES = "features/stride_02/values/c"
-
-
-def new_attributes(**changes: Any) -> Attributes:
-    fields: dict[str, Any] = {
-        "task": "classification",
-        "classes": ["sea", "Küste"],
-        "tiles": TILES,
-        "tile_size": (4, 4),
-        "tiles_per_shard": PER_SHARD,
-        "timesteps": STEPS,
-        "layers": [LAYER],
-        "encoding": "int8",
-        "previews": True,
-        "colour_statistics": ["mean"],
-        "settings": {"fit": {"weight_decay": 1e-05}},
-    }
-    return store_attributes(**fields | changes)
-
-
-def tile_row(tile: int) -> TileRow:
-    preview = np.full((4, 4, 3), tile, np.uint8)
-    return TileRow(f"t{tile}", "train", colour=np.array([tile], np.float32), preview=preview, target=label(1))
-
-
-def label(value: int) -> NDArray[np.int32]:
-    return np.array(value, np.int32)
-
-
-def write(writer: StoreWriter, shard: int) -> None:
-    tiles = range(*writer.attributes.shard_range(shard))
-    maps = [np.random.default_rng(t).normal(size=(1, len(STEPS), 1, 2, 2, 2)).astype("f4") for t in tiles]
-    batches = [{"stride_02": encode(one, "int8")} for one in maps]
-    writer.write_shard(shard, [tile_row(tile) for tile in tiles], batches, {})
-
-
-def build(path: Path, shards: tuple[int, ...] = (0, 1)) -> Path:
-    writer = open_or_create(path, new_attributes(), overwrite=False)
-    for shard in shards:
-        write(writer, shard)
-    return path
-
-
-def contents(path: Path) -> str:
-    """One digest over all that a reader can ask for."""
-    store, rows = open_store(path), np.arange(TILES)
-    targets = store.targets(rows)
-    assert targets is not None
-    arrays = [store.pooled().values, store.colour(rows), store.previews(rows), *store.maps(rows).values()]
-    told = store.tiles.to_csv() + repr(store.content_digest()) + store.attributes.model_dump_json()
-    return hashlib.sha256(told.encode() + b"".join(a.tobytes() for a in [*arrays, targets])).hexdigest()
-
-
-def contents_or_refusal(path: Path) -> str:
-    try:
-        return contents(path)
-    except StoreError as error:
-        return f"refused: {error}"
-
-
-def problems(path: Path, deep: bool = False) -> list[str]:
-    """What `satdifuser store verify` tells, refusals included."""
-    try:
-        return verify(open_store(path), deep)
-    except StoreError as error:
-        return [str(error)]
-
-
-def files_of(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file())
-
-
-def flip(path: Path, byte: int, bit: int = 0) -> None:
-    changed = bytearray(path.read_bytes())
-    changed[byte] ^= 1 << bit
-    path.write_bytes(changed)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +116,10 @@ def test_verify_on_the_command_line_says_how_to_mend(copy: Path) -> None:
     assert told.stdout.endswith(
         f"{VALUES}/1/1/0/0/0/0 was altered after it was committed (SHA-256 differs)\n"
     )
-    assert f"to mend: delete {copy}/commits/c/N of each damaged shard N, then run the same" in told.stderr
+    assert told.stderr.endswith(
+        f"to mend: `satdifuser store repair {copy} --deep` drops the damaged shards, and the same "
+        "`satdifuser extract` command again redoes them; or copy the store anew\n"
+    )
     flip(copy / "tiles/zarr.json", 5)
     told = CliRunner().invoke(cli, ["store", "verify", str(copy)])
     assert (told.exit_code, told.stdout) == (1, "")
@@ -292,13 +229,132 @@ def test_an_array_of_another_version_is_not_there(whole: Path) -> None:
         FeatureStore(whole).table("tiles/weather")
 
 
-def test_a_damaged_commit_record_is_told(copy: Path) -> None:
+def test_a_damaged_commit_record_is_told_and_hides_no_other_shard(copy: Path) -> None:
     flip(copy / "commits/c/1", 5)
     with pytest.raises(
         StoreError,
-        match=r"the commit record of shard 1 is damaged .*; delete .*copy.zarr/commits/c/1 and run",
+        match=r"the commit record of shard 1 is damaged .*; `satdifuser store repair .*copy.zarr` drops this",
     ):
-        verify(open_store(copy))
+        open_store(copy).content_digest()
+    flip(copy / f"{VALUES}/0/1/0/0/0/0", 5)
+    for deep in (False, True):
+        *found, last = problems(copy, deep)
+        assert (
+            found
+            == [f"shard 0: {VALUES}/0/1/0/0/0/0 was altered after it was committed (SHA-256 differs)"] * deep
+        )
+        assert last.startswith("shard 1: commits/c/1 is damaged (")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "5", "[1]", '"x"', '{"files": 3}', '{"files": {"a": 3}}', '{"files": {"../a": [1, "b"]}}']
+)
+def test_a_commit_record_of_another_kind_is_told(copy: Path, text: str) -> None:
+    root: Any = zarr.open_group(copy, mode="r+")
+    root["commits"][1:] = np.array([text], np.dtypes.StringDType())
+    (found,) = problems(copy, deep=True)
+    assert re.match(r"shard 1: commits/c/1 is (damaged|no commit record) \(", found)
+
+
+def test_renamed_and_exchanged_files_are_found(copy: Path) -> None:
+    first, second = copy / f"{VALUES}/0/0/0/0/0/0", copy / f"{VALUES}/0/1/0/0/0/0"
+    names = [str(file.relative_to(copy)) for file in (first, second)]
+    first.rename(first.with_name("aside"))
+    assert problems(copy) == [f"shard 0: {names[0]} is missing"]
+    second.rename(first)
+    first.with_name("aside").rename(second)
+    altered = "was altered after it was committed (SHA-256 differs)"
+    assert problems(copy, deep=True) == [f"shard 0: {name} {altered}" for name in names]
+
+
+def test_verify_as_json_names_shards_and_metadata(copy: Path) -> None:
+    (copy / "commits/c/0").unlink()
+    flip(copy / "commits/c/1", 5)
+    words = ["store", "verify", str(copy), "--json"]
+    told = json.loads(CliRunner().invoke(cli, words).stdout)
+    assert (told["ok"], told["deep"], told["missing"], told["damaged"]) == (False, False, [0], [1])
+    assert len(told["problems"]) == 2
+    flip(copy / "tiles/zarr.json", 5)
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 1
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert "tiles/zarr.json was altered after the store was created" in problem
+
+
+# --- repair
+
+
+def test_repair_drops_what_is_damaged_and_the_rest_stays(copy: Path, whole: Path) -> None:
+    (copy / f"{VALUES}/1/0/0/0/0/0").unlink()
+    (copy / "tiles/path/c/0.0a.partial").write_bytes(b"x")
+    kept = (copy / "commits/c/0").stat().st_mtime_ns
+    told = CliRunner().invoke(cli, ["store", "repair", str(copy)])
+    assert told.exit_code == 0
+    assert told.stdout == f"dropped shard 1: {VALUES}/1/0/0/0/0/0 is missing\n"
+    assert told.stderr == "to redo what is missing: run the same `satdifuser extract` command again\n"
+    assert problems(copy) == ["shard 1: not committed"]
+    assert not [file for file in files_of(copy) if file.parts[-2:] == ("c", "1")]
+    assert not (copy / VALUES / "1").exists()
+    write(open_or_create(copy, new_attributes(), overwrite=False), 1)
+    assert (copy / "commits/c/0").stat().st_mtime_ns == kept
+    assert problems(copy, deep=True) == []
+    assert contents(copy) == contents(whole)
+
+
+def test_repair_sees_flipped_bits_when_it_looks_deep(copy: Path) -> None:
+    flip(copy / f"{VALUES}/0/0/0/0/0/0", 5)
+    words = ["store", "repair", str(copy)]
+    told = CliRunner().invoke(cli, words)
+    assert told.stdout == f"{copy}: no damaged shard\n"
+    assert told.stderr == "--deep also finds damage that left the files' sizes as they were\n"
+    told = CliRunner().invoke(cli, [*words, "--deep", "--json"])
+    assert json.loads(told.stdout) == {"dropped": [0], "missing": [0]}
+    assert problems(copy) == ["shard 0: not committed"]
+
+
+def test_repair_drops_damaged_commit_records(copy: Path, whole: Path) -> None:
+    flip(copy / "commits/c/0", 5)
+    flip(copy / "commits/c/1", 5)
+    assert sorted(repair(copy).damaged) == [0, 1]
+    for shard in (0, 1):
+        write(open_or_create(copy, new_attributes(), overwrite=False), shard)
+    assert contents(copy) == contents(whole)
+
+
+def test_repair_removes_the_record_durably_before_the_files(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(copy / f"{VALUES}/1/0/0/0/0/0", 5)
+
+    def crash(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    monkeypatch.setattr("satdifuser.store.repair.sync_folder", crash)
+    before = files_of(copy)
+    with pytest.raises(StoreError, match=r"copy.zarr: cannot write: .*commits/c'; committed shards are kept"):
+        repair(copy, deep=True)
+    assert set(before) - set(files_of(copy)) == {copy / "commits/c/1"}
+
+
+def test_repair_deletes_nothing_beyond_the_store(copy: Path, tmp_path: Path) -> None:
+    elsewhere = Path(shutil.copytree(copy / VALUES, tmp_path / "elsewhere"))
+    shutil.rmtree(copy / VALUES)
+    (copy / VALUES).symlink_to(elsewhere)
+    before = files_of(elsewhere)
+    (copy / "tiles/path/c/0").unlink()
+    assert list(repair(copy).damaged) == [0]
+    assert not (copy / "tiles/crs/c/0").exists()
+    assert files_of(elsewhere) == before
+
+
+def test_repair_refuses_damaged_metadata(copy: Path) -> None:
+    flip(copy / "tiles/zarr.json", 5)
+    before = files_of(copy)
+    told = CliRunner().invoke(cli, ["store", "repair", str(copy)])
+    assert (told.exit_code, told.stdout) == (1, "")
+    assert told.stderr.startswith(f"error: {copy}: tiles/zarr.json was altered after the store was created")
+    assert told.stderr.endswith("with --overwrite; repair mends shards only, and changed nothing\n")
+    assert files_of(copy) == before
 
 
 def test_a_damaged_shard_is_mended_alone(copy: Path, whole: Path) -> None:
@@ -352,7 +408,8 @@ def test_rows_of_missing_shards_are_refused_and_others_read(tmp_path: Path) -> N
     fresh = open_store(store.path)
     for attempt in (lambda: fresh.colour(np.array([0])), lambda: fresh.tiles):
         with pytest.raises(
-            StoreError, match=r"shard 0: tiles/colour/c/0/0 is missing \(1 of its 22 files\); delete"
+            StoreError,
+            match=r"shard 0: tiles/colour/c/0/0 is missing \(1 of its 22 files\); `satdifuser store repair",
         ):
             attempt()
 
