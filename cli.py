@@ -75,6 +75,11 @@ def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+space_option = click.option(
+    "--ignore-free-space", is_flag=True, help="Extract even if the disk looks too small for the result."
+)
+
+
 def _load(config: Path | None, overrides: tuple[str, ...]) -> Pipeline:
     from satdifuser.pipeline import load_pipeline
 
@@ -116,7 +121,14 @@ def _telling_what_is_kept(store: Path) -> Iterator[None]:
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Output folder, in place of `output`.")
 @overwrite_option
-def run(config: Path | None, overrides: tuple[str, ...], out: Path | None, overwrite: bool) -> None:
+@space_option
+def run(
+    config: Path | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    overwrite: bool,
+    ignore_free_space: bool,
+) -> None:
     """Run all stages of a pipeline file: extract, fit, evaluate, report."""
     from satdifuser.pipeline import run_pipeline
 
@@ -125,7 +137,7 @@ def run(config: Path | None, overrides: tuple[str, ...], out: Path | None, overw
         pipeline = pipeline.model_copy(update={"output": out})
     _check_output(pipeline.output, "output (-o)")
     with _telling_what_is_kept(pipeline.store_path):
-        summary = run_pipeline(pipeline, overwrite)
+        summary = run_pipeline(pipeline, overwrite, ignore_free_space)
     click.echo(summary)
 
 
@@ -149,30 +161,54 @@ def tiles(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> Non
 
 @cli.command()
 @pipeline_options
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The store's folder, e.g. eurosat.zarr.")
+@click.option("--no-trial", is_flag=True, help="Leave out the timing of a few batches.")
+@json_option
+def plan(
+    config: Path | None, overrides: tuple[str, ...], out: Path | None, no_trial: bool, as_json: bool
+) -> None:
+    """Say what `extract` would hold, cost and take, before anything is written."""
+    from satdifuser.extract.job import Job
+    from satdifuser.extract.plan import make_plan
+    from satdifuser.extract.plan_text import describe_plan, format_plan
+    from satdifuser.extract.trial import time_batches
+
+    pipeline = _load(config, overrides)
+    job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
+    planned = make_plan(job, out or pipeline.store_path)
+    trial = None if no_trial or not planned.left else time_batches(planned)
+    click.echo(json.dumps(describe_plan(planned, trial)) if as_json else format_plan(planned, trial))
+
+
+@cli.command()
+@pipeline_options
 @click.option("--all", "show_all", is_flag=True, help="Also the layers that extract.layers leaves out.")
 @json_option
 def layers(config: Path | None, overrides: tuple[str, ...], show_all: bool, as_json: bool) -> None:
     """List the backbone's tapped layers: name, channels, stride, map size."""
     from satdifuser.extract.listing import describe_layers
+    from satdifuser.extract.plan_text import format_layers
 
     pipeline = _load(config, overrides)
     table = describe_layers(pipeline.source, pipeline.backbone, pipeline.extract, show_all)
     if as_json:
         click.echo(json.dumps([layer.model_dump() for layer in table]))
         return
-    width = max(len(layer.name) for layer in table)
-    click.echo(f"{'layer':{width}}  channels  stride  height x width")
-    for layer in table:
-        click.echo(
-            f"{layer.name:{width}}  {layer.channels:8d}  {layer.stride:6d}  {layer.height} x {layer.width}"
-        )
+    click.echo("\n".join(format_layers(table)))
 
 
 @cli.command()
 @pipeline_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The store's folder, e.g. eurosat.zarr.")
 @overwrite_option
-def extract(config: Path | None, overrides: tuple[str, ...], out: Path | None, overwrite: bool) -> None:
+@space_option
+def extract(
+    config: Path | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    overwrite: bool,
+    ignore_free_space: bool,
+) -> None:
     """Write the features of a source's tiles to a store, or go on where an earlier run stopped."""
     from satdifuser.extract.job import Job
     from satdifuser.extract.run import extract as run_extraction
@@ -182,7 +218,7 @@ def extract(config: Path | None, overrides: tuple[str, ...], out: Path | None, o
     path = out or pipeline.store_path
     _check_output(path.parent, "store.path (-o)")
     with _telling_what_is_kept(path):
-        store = run_extraction(job, path, overwrite)
+        store = run_extraction(job, path, overwrite, ignore_free_space)
     click.echo(store)
 
 

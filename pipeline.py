@@ -187,7 +187,7 @@ def _known_keys() -> set[str]:
     return {key for model in models for key in model.get("properties", {})}
 
 
-def run_pipeline(pipeline: Pipeline, overwrite: bool = False) -> str:
+def run_pipeline(pipeline: Pipeline, overwrite: bool = False, ignore_free_space: bool = False) -> str:
     """Run all stages: extract, fit every fusion and seed, measure, report.
 
     Each stage goes on where an earlier run stopped, and does nothing where it is done.
@@ -195,6 +195,7 @@ def run_pipeline(pipeline: Pipeline, overwrite: bool = False) -> str:
     Args:
         pipeline: The settings.
         overwrite: Replace what is in the output folder.
+        ignore_free_space: Extract even if the disk looks too small for the features.
 
     Returns:
         The results table and the paths of what was written, for the terminal.
@@ -204,7 +205,7 @@ def run_pipeline(pipeline: Pipeline, overwrite: bool = False) -> str:
     from satdifuser.extract.run import extract
 
     job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
-    store = extract(job, pipeline.store_path, overwrite)
+    store = extract(job, pipeline.store_path, overwrite, ignore_free_space)
     runs = fit_all(store, pipeline, pipeline.output / "runs", overwrite)
     page = report_runs(runs, pipeline.output / "report.html")
     paths = {"features": store.path, "runs": pipeline.output / "runs", "report": page}

@@ -1,16 +1,19 @@
 """The extraction run: every tile of a source through the backbone once, into a feature store.
 
-Shards are the unit of work and of restart.
+Shards are the unit of work and of restart. Three things run side by side, each in its own order: the backbone
+on a batch, the encoding of the batch before, the writing of the shard before.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,13 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from satdifuser.errors import FeatureError, ImageError, SourceError
-from satdifuser.extract.backbone import find_backbone, load_backbone
+from satdifuser.extract.backbone import load_backbone
+from satdifuser.extract.background import Background
 from satdifuser.extract.changes import file_state, refuse_changed
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.images import Floats, Prepared, colour_statistics, preview, resize, to_rgb
-from satdifuser.extract.job import Job, fix_automatic, new_attributes, plan_layers, tile_size
+from satdifuser.extract.job import Job, new_attributes
 from satdifuser.extract.metadata import collect_metadata
-from satdifuser.extract.sources import list_tiles, open_source
+from satdifuser.extract.plan import Plan, make_plan, require_space
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.store.encoding import FORMS, encode
@@ -37,7 +41,7 @@ SHOWN_SKIPPED = 10
 LABEL_TYPES = {"classification": np.int32, "multilabel": np.uint8}
 
 
-def extract(job: Job, out: Path, overwrite: bool = False) -> FeatureStore:
+def extract(job: Job, out: Path, overwrite: bool = False, ignore_free_space: bool = False) -> FeatureStore:
     """Write the features of all of a source's tiles to a store, or go on where an earlier run stopped.
 
     What people should know besides goes to stderr: a scale that looks wrong, and the tiles that were skipped.
@@ -46,29 +50,29 @@ def extract(job: Job, out: Path, overwrite: bool = False) -> FeatureStore:
         job: The settings of source, backbone, extraction and store.
         out: The store's folder.
         overwrite: Replace a store that is there.
+        ignore_free_space: Start even if the disk looks too small.
 
     Returns:
         The complete store.
 
     Raises:
-        StoreError: the store at `out` was made with other settings, or of images that are others now, or
-            another process is writing to it.
+        StoreError: the store at `out` was made with other settings, or of images that are others now; or the
+            disk cannot hold it; or another process is writing to it.
         SourceError: every tile was skipped; no store is left.
         SatDiFuserError: bad settings or input; whatever was committed stays.
     """
-    source = open_source(job.source_settings)
-    records = list_tiles(source)
-    info = find_backbone(job.backbone_settings)
-    job = fix_automatic(job, out, overwrite)
-    image_size, layers = plan_layers(job, info, tile_size(records))
-    metadata = collect_metadata(records, image_size) if job.backbone_settings.metadata else {}
-    torch.set_num_threads(int(job.settings.threads))
-    backbone = load_backbone(info, job.backbone_settings)
-    attributes = new_attributes(job, source, records, backbone, image_size, layers)
+    plan = make_plan(job, out, overwrite)
+    if not ignore_free_space:
+        require_space(plan)
+    work = load_work(plan)
+    attributes = new_attributes(
+        plan.job, plan.source, plan.records, work.extractor.backbone, plan.image_size, plan.layers
+    )
     with open_or_create(out, attributes, overwrite) as writer:
-        refuse_changed(FeatureStore(out), records, lambda record: read_row(job, source, record)[0])
-        extractor = FeatureExtractor(backbone, job.settings, layers)
-        _fill(Work(job, source, extractor, image_size, metadata), records, writer)
+        refuse_changed(
+            FeatureStore(out), plan.records, lambda record: read_row(plan.job, plan.source, record)[0]
+        )
+        _fill(work, plan.records, writer)
         store = FeatureStore(out)
         _report_skipped(store)
     return store
@@ -85,47 +89,88 @@ class Work:
     metadata: Mapping[str, Tensor]  # by tile id (7,) normalised; empty for a backbone that reads none
 
 
+def load_work(plan: Plan) -> Work:
+    """Load the backbone of a planned extraction, and let torch use the planned threads."""
+    job = plan.job
+    metadata = collect_metadata(plan.records, plan.image_size) if job.backbone_settings.metadata else {}
+    torch.set_num_threads(int(job.settings.threads))
+    backbone = load_backbone(plan.info, job.backbone_settings)
+    extractor = FeatureExtractor(backbone, job.settings, plan.layers)
+    return Work(job, plan.source, extractor, plan.image_size, metadata)
+
+
 def _fill(work: Work, records: Sequence[TileRecord], writer: StoreWriter) -> None:
+    """Compute the missing shards; each is written while the next one is computed."""
     missing = writer.missing_shards()
     if there := writer.attributes.shards - len(missing):
         print(f"going on: {there} of {writer.attributes.shards} shards are there", file=sys.stderr)
     ranges = {shard: writer.attributes.shard_range(shard) for shard in missing}
     todo = sum(stop - start for start, stop in ranges.values())
-    values, warning, written = ValueRange(work.job.images), "", 0
-    with tqdm(
-        total=len(records), initial=len(records) - todo, unit="tile", desc="extract", disable=None
-    ) as bar:
+    values, warning = ValueRange(work.job.images), ""
+    with (
+        tqdm(
+            total=len(records), initial=len(records) - todo, unit="tile", desc="extract", disable=None
+        ) as bar,
+        Background("encode") as encoding,
+        Background("write") as writing,
+    ):
         for shard, (start, stop) in ranges.items():
             began = time.monotonic()
-            rows, batches = _compute_shard(work, records[start:stop], values)
+            rows, batches = compute_shard(work, records[start:stop], values, encoding, writing.check)
             if not warning and (warning := values.warning()):
                 tqdm.write(warning, file=sys.stderr)
             seconds = round(time.monotonic() - began, 3)
             note = {"seconds": seconds, "batch_size": work.job.settings.batch_size}
-            written += writer.write_shard(shard, rows, batches, note)
-            bar.set_postfix_str(f"{written / 1e6:.1f} MB")
-            bar.update(stop - start)
+            writing.hand(partial(_write, writer, bar, shard, rows, batches, note))
 
 
-def _compute_shard(
-    work: Work, records: Sequence[TileRecord], values: ValueRange
-) -> tuple[list[TileRow], list[Encoded]]:
-    """Read and extract one shard's tiles, always in the same batches."""
+def _write(
+    writer: StoreWriter,
+    bar: tqdm[NoReturn],
+    shard: int,
+    rows: Sequence[TileRow],
+    batches: Sequence[Future[Encoded]],
+    note: Mapping[str, Any],
+) -> None:
+    written = writer.write_shard(shard, rows, [batch.result() for batch in batches], note)
+    bar.set_postfix_str(f"{written / 1e6:.1f} MB a shard")
+    bar.update(len(rows))
+
+
+def compute_shard(
+    work: Work,
+    records: Sequence[TileRecord],
+    values: ValueRange,
+    encoding: Background,
+    before_batch: Callable[[], None],
+) -> tuple[list[TileRow], list[Future[Encoded]]]:
+    """Read and extract one shard's tiles, always in the same batches.
+
+    Args:
+        work: What turns tiles into features.
+        records: The tiles.
+        values: Takes note of their values.
+        encoding: Encodes each batch while the next one is computed.
+        before_batch: Called before each batch; what it raises ends the work.
+
+    Returns:
+        One row per tile, and the encoded features of those that are not skipped, the last perhaps under way.
+    """
     rows: list[TileRow] = []
-    batches: list[Encoded] = []
+    batches: list[Future[Encoded]] = []
     waiting: list[tuple[str, Floats]] = []
-    for record in records:
+    for position, record in enumerate(records, start=1):
         row, prepared = read_row(work.job, work.source, record)
         rows.append(row)
-        if prepared is None:
-            continue
-        values.add(prepared)
-        waiting.append((record.tile_id, prepared.rgb))
-        if len(waiting) == work.job.settings.batch_size:
-            batches.append(_compute_batch(work, waiting))
+        if prepared is not None:
+            values.add(prepared)
+            waiting.append((record.tile_id, prepared.rgb))
+        if waiting and (len(waiting) == work.job.settings.batch_size or position == len(records)):
+            before_batch()
+            ids = [tile_id for tile_id, _ in waiting]
+            maps = _compute_batch(work, waiting)
+            batches.append(encoding.hand(partial(_encode_batch, work, ids, maps)))
             waiting = []
-    if waiting:
-        batches.append(_compute_batch(work, waiting))
     return rows, batches
 
 
@@ -168,12 +213,17 @@ def _place(record: TileRecord) -> dict[str, Any]:
     return {"crs": place.crs, "transform": place.transform, "bounds": place.bounds(*record.size)}
 
 
-def _compute_batch(work: Work, tiles: Sequence[tuple[str, Floats]]) -> Encoded:
+def _compute_batch(work: Work, tiles: Sequence[tuple[str, Floats]]) -> list[Floats]:
+    """The maps of a batch, one (B, T, C, H, W) array per layer."""
     ids = [tile_id for tile_id, _ in tiles]
     rgb = resize(torch.from_numpy(np.stack([image for _, image in tiles])), work.image_size)
     metadata = torch.stack([work.metadata[tile_id] for tile_id in ids]) if work.metadata else None
+    return [m.cpu().numpy() for m in work.extractor(rgb, ids, metadata)]
+
+
+def _encode_batch(work: Work, ids: Sequence[str], maps: Sequence[Floats]) -> Encoded:
+    """Check and encode the maps of a batch."""
     extractor, encoding = work.extractor, work.job.store.encoding
-    maps = [m.cpu().numpy() for m in extractor(rgb, ids, metadata)]
     check_finite(maps, ids, extractor.layers, extractor.timesteps, FORMS[encoding].largest)
     encoded = {}
     for name, positions in group_layers(extractor.layers).items():

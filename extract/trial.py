@@ -1,0 +1,65 @@
+"""How long a planned extraction will take, from a few batches of its own tiles on this machine."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from satdifuser.extract.background import Background
+from satdifuser.extract.plan import Plan
+from satdifuser.extract.run import Work, compute_shard, load_work
+from satdifuser.extract.sources.tile import TileRecord
+from satdifuser.extract.value_range import ValueRange
+
+TIMED_BATCHES = 3
+LONGEST_SECONDS = 20.0  # of the timed batches together, but for the first of them
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Some tiles read, sent through the backbone and encoded; writing runs beside that, and is left out."""
+
+    tiles: int
+    seconds: float
+
+    @property
+    def tiles_per_second(self) -> float:
+        """The rate."""
+        return self.tiles / self.seconds
+
+    def seconds_for(self, tiles: int) -> float:
+        """Time that so many tiles will take."""
+        return tiles / self.tiles_per_second
+
+
+def time_batches(plan: Plan) -> Trial:
+    """Time batches from all over the tiles that are still to be extracted, after one that warms up.
+
+    A scale that looks wrong is warned of on stderr.
+
+    Args:
+        plan: A plan with tiles left to extract.
+
+    Raises:
+        SatDiFuserError: what would have ended the extraction too.
+    """
+    work, batch = load_work(plan), int(plan.job.settings.batch_size)
+    batches = [plan.left[start : start + batch] for start in range(0, len(plan.left), batch)]
+    chosen = batches[:: max(1, len(batches) // (TIMED_BATCHES + 1))][: TIMED_BATCHES + 1]
+    values = ValueRange(plan.job.images)
+    warming = _seconds(work, chosen[0], values)
+    affordable = max(1, int(LONGEST_SECONDS / warming))
+    timed = [record for records in (chosen[1:] or chosen)[:affordable] for record in records]
+    trial = Trial(len(timed), _seconds(work, timed, values))
+    if warning := values.warning():
+        print(warning, file=sys.stderr)
+    return trial
+
+
+def _seconds(work: Work, records: Sequence[TileRecord], values: ValueRange) -> float:
+    began = time.perf_counter()
+    with Background("encode") as encoding:
+        compute_shard(work, records, values, encoding, encoding.check)
+    return time.perf_counter() - began

@@ -1,0 +1,281 @@
+"""Encoding and writing beside the backbone: order, errors, interruption and how much waits in memory."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from made_up import tiny_unet, tiny_vae
+from safetensors.torch import save_file
+
+import satdifuser.extract.run as run
+import satdifuser.store.files as store_files
+from satdifuser.errors import FeatureError, StoreError
+from satdifuser.extract.background import Background
+from satdifuser.extract.job import Job
+from satdifuser.extract.run import extract
+from satdifuser.extract.settings import BackboneSettings, ExtractSettings, SyntheticSettings
+from satdifuser.store.reader import open_store
+from satdifuser.store.settings import StoreSettings
+from satdifuser.store.verify import verify
+from satdifuser.store.writer import StoreWriter
+
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
+WRITE_SHARD = StoreWriter.write_shard
+
+
+def our_threads() -> list[str]:
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith(("encode", "write"))]
+
+
+# --- the thread alone
+
+
+def test_tasks_run_one_by_one_in_their_order() -> None:
+    running, seen = threading.Lock(), []
+
+    def task(number: int) -> int:
+        with running:  # a second one at a time would find it taken
+            time.sleep(0.002)
+            seen.append(number)
+            return number * number
+
+    with Background("write") as thread:
+        futures = [thread.hand(partial(task, number)) for number in range(20)]
+    assert seen == list(range(20))
+    assert [future.result() for future in futures] == [number * number for number in seen]
+
+
+def test_at_most_one_task_is_under_way() -> None:
+    release, begun = threading.Event(), threading.Event()
+
+    def task() -> None:
+        begun.set()
+        release.wait(10)
+
+    with Background("write") as thread:
+        thread.hand(task)
+        assert begun.wait(10)
+        thread.check()  # does not wait
+        threading.Timer(0.05, release.set).start()
+        before = time.monotonic()
+        thread.hand(bool)
+        assert time.monotonic() - before > 0.03
+
+
+def fail() -> None:
+    raise OSError(errno.ENOSPC, "full")
+
+
+def check_when_done(thread: Background) -> None:
+    while not thread._last or not thread._last.done():
+        time.sleep(0.001)
+    thread.check()
+
+
+DONE: list[int] = []
+WAYS: dict[str, Callable[[Background], object]] = {
+    "hand": lambda thread: thread.hand(partial(DONE.append, 1)),
+    "wait": Background.wait,
+    "check": check_when_done,
+    "leave": lambda thread: None,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_error_reaches_the_caller_and_nothing_is_begun_after_it(way: str) -> None:
+    with pytest.raises(OSError, match="full"):
+        hand_and(fail, WAYS[way])
+    assert DONE == []
+    assert our_threads() == []
+
+
+def hand_and(task: Callable[[], object], then: Callable[[Background], object]) -> None:
+    with Background("write") as thread:
+        thread.hand(task)
+        then(thread)
+
+
+def interrupt(_: Background) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interruption_lets_the_task_under_way_finish() -> None:
+    done: list[int] = []
+
+    def task() -> None:
+        time.sleep(0.05)
+        done.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        hand_and(task, interrupt)
+    assert done == [1]
+    assert our_threads() == []
+
+
+# --- extraction
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    tiny_unet().save_pretrained(root / "unet")
+    tiny_vae().save_pretrained(root / "vae")
+    DDIMScheduler(steps_offset=1).save_pretrained(root / "scheduler")
+    save_file({"hidden_states": torch.randn(1, 1, 8)}, root / "prompt_embedding.safetensors")
+    return root
+
+
+def make_job(folder: Path, tiles: int = 11) -> Job:
+    """Shards of 3 tiles in batches of 2 tiles."""
+    return Job(
+        SyntheticSettings(tiles=tiles, tile_size=(16, 24)),
+        BackboneSettings(model=str(folder), device="cpu"),
+        ExtractSettings(batch_size=2, threads=1),
+        StoreSettings(tiles_per_shard=3),
+    )
+
+
+def test_a_tile_count_that_is_no_multiple_of_the_shard(folder: Path, tmp_path: Path) -> None:
+    store = extract(make_job(folder), tmp_path / "s.zarr")
+    assert (len(store.tiles), store.attributes.shards) == (11, 4)
+    assert verify(store, deep=True) == []
+    assert [record["shard"] for record in store.commits] == list(range(4))
+    assert our_threads() == []
+
+
+def test_features_do_not_depend_on_what_runs_beside_what(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk, and everything one after the other in one thread."""
+    first = extract(make_job(folder), tmp_path / "a.zarr").content_digest()
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "write_shard", slow_write)
+        assert extract(make_job(folder), tmp_path / "b.zarr").content_digest() == first
+    hand = Background.hand
+
+    def serially(self: Background, task: Any) -> Any:
+        future = hand(self, task)
+        self.wait()
+        return future
+
+    monkeypatch.setattr(Background, "hand", serially)
+    assert extract(make_job(folder), tmp_path / "c.zarr").content_digest() == first
+
+
+def slow_write(self: StoreWriter, *shard: Any) -> int:
+    time.sleep(0.02)
+    return WRITE_SHARD(self, *shard)
+
+
+def test_a_full_disk_stops_at_the_next_batch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, batches = tmp_path / "s.zarr", []
+    compute = run._compute_batch
+    under_way, failed = threading.Event(), threading.Event()
+
+    def count(work: Any, tiles: Sequence[Any]) -> Any:
+        if len(batches) == 4:  # of shard 2, while shard 1 is being written
+            under_way.set()
+            assert failed.wait(10)
+            time.sleep(0.1)
+        batches.append(len(tiles))
+        return compute(work, tiles)
+
+    def full(self: StoreWriter, shard: int, *rest: Any) -> int:
+        if shard != 1:
+            return WRITE_SHARD(self, shard, *rest)
+        assert under_way.wait(10)
+        with monkeypatch.context() as patch:
+            patch.setattr(store_files, "write_durably", lambda *_: fail())
+            try:
+                return WRITE_SHARD(self, shard, *rest)
+            finally:
+                failed.set()
+
+    monkeypatch.setattr(run, "_compute_batch", count)
+    monkeypatch.setattr(StoreWriter, "write_shard", full)
+    with pytest.raises(
+        StoreError, match=r"s\.zarr: shard 1: the disk is full; committed shards are kept: free"
+    ):
+        extract(make_job(folder), out)
+    assert batches == [2, 1, 2, 1, 2]  # shards 0 and 1, and the first batch of shard 2 that was under way
+    assert open_store(out).missing_shards() == [1, 2, 3]
+    assert our_threads() == []
+    monkeypatch.undo()
+    resumed = extract(make_job(folder), out)
+    assert resumed.content_digest() == extract(make_job(folder), tmp_path / "whole.zarr").content_digest()
+
+
+def test_a_value_that_cannot_be_encoded_is_refused_with_its_tile(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, calls = run._compute_batch, []
+
+    def spoil(work: Any, tiles: Sequence[Any]) -> Any:
+        maps = compute(work, tiles)
+        calls.append(1)
+        if len(calls) == 4:  # the last batch of shard 1: its write would come first to meet the error
+            maps[0][:] = np.nan
+        return maps
+
+    monkeypatch.setattr(run, "_compute_batch", spoil)
+    with pytest.raises(FeatureError, match=r"tile .*, layer up_blocks.* magnitude nan, expected a finite"):
+        extract(make_job(folder), tmp_path / "s.zarr")
+    assert open_store(tmp_path / "s.zarr").missing_shards() == [1, 2, 3]
+    assert our_threads() == []
+
+
+def test_an_interruption_keeps_the_shard_being_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, calls = run._compute_batch, []
+
+    def interrupt(work: Any, tiles: Sequence[Any]) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return compute(work, tiles)
+
+    monkeypatch.setattr(run, "_compute_batch", interrupt)
+    monkeypatch.setattr(StoreWriter, "write_shard", slow_write)
+    with pytest.raises(KeyboardInterrupt):
+        extract(make_job(folder), tmp_path / "s.zarr")
+    assert open_store(tmp_path / "s.zarr").missing_shards() == [2, 3]
+    assert our_threads() == []
+
+
+def test_no_more_than_two_shards_are_held(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is slower than the backbone; each encoded batch is counted for as long as it lives."""
+    alive: list[int] = []
+    counts: list[int] = []
+    encode_batch = run._encode_batch
+
+    def watch(*words: Any) -> Any:
+        encoded = encode_batch(*words)
+        values = next(iter(encoded.values()))["values"]
+        alive.append(1)
+        weakref.finalize(values, alive.pop)
+        counts.append(len(alive))
+        return encoded
+
+    monkeypatch.setattr(run, "_encode_batch", watch)
+    monkeypatch.setattr(StoreWriter, "write_shard", slow_write)
+    extract(make_job(folder), tmp_path / "s.zarr")
+    assert len(counts) == 7
+    assert 3 <= max(counts) <= 4  # two batches a shard: that is more than one shard, and at most two
