@@ -14,13 +14,17 @@ import shutil
 import uuid
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from satdifuser.errors import StoreError
 
 PARTIAL_SUFFIX = ".partial"
+BUFFER_BYTES = 1024 * 1024
 ASIDE_SUFFIX = ".creating"  # beside a store: becoming one, or no longer one
+Part = bytes | NDArray[np.uint8]
 
 
 class DurableStore(LocalStore):
@@ -40,16 +44,19 @@ class DurableStore(LocalStore):
         self._check_writable()
         self.write(key, value.to_bytes())
 
-    def write(self, key: str, data: bytes) -> None:
-        """Write one file, and remember it."""
+    def write(self, key: str, *parts: Part) -> None:
+        """Write one file of some parts, and remember it."""
         if self._failure is not None:
             raise self._failure
         try:
-            write_durably(self.root / key, data)
+            write_durably(self.root / key, *parts)
         except OSError as error:
             self._failure = error
             raise
-        self.written[key] = (len(data), hashlib.sha256(data).hexdigest())
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        self.written[key] = (sum(len(part) for part in parts), digest.hexdigest())
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Zarr makes the groups above an array in this way."""
@@ -69,13 +76,13 @@ class DurableStore(LocalStore):
             sync_folder(folder)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file so that its name only ever shows the whole content."""
+def write_durably(path: Path, *parts: Part) -> None:
+    """Write a file of some parts so that its name only ever shows the whole content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
+        with partial.open("wb", buffering=BUFFER_BYTES) as file:
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -32,7 +32,7 @@ class DamagedShardError(ValueError):
     """A shard file is not what its index or its checksums say."""
 
 
-def pack_shard(chunks: Iterable[Bytes], places: int, itemsize: int = 0) -> bytes:
+def pack_shard(chunks: Iterable[Bytes], places: int, itemsize: int = 0) -> list[bytes | Bytes]:
     """Lay out a shard.
 
     Args:
@@ -41,9 +41,9 @@ def pack_shard(chunks: Iterable[Bytes], places: int, itemsize: int = 0) -> bytes
         itemsize: Bytes per value where chunks are to be compressed; 0 where not.
 
     Returns:
-        The file's content.
+        The file's content, in parts that follow each other.
     """
-    parts: list[Any] = []
+    parts: list[bytes | Bytes] = []
     index = np.full((places, 2), ABSENT, "<u8")
     offset = 0
     for i, chunk in enumerate(chunks):
@@ -53,7 +53,7 @@ def pack_shard(chunks: Iterable[Bytes], places: int, itemsize: int = 0) -> bytes
         index[i] = offset, size
         offset += size
     table = index.tobytes()
-    return b"".join([*parts, table, _checksum(table)])
+    return [*parts, table, _checksum(table)]
 
 
 def compress(chunk: Bytes, itemsize: int) -> bytes:

@@ -10,11 +10,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zarr
@@ -39,6 +40,7 @@ from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import ATTRIBUTE_KEY, Attributes, differing_fields
 from satdifuser.store.shard_file import pack_shard
 
+Item = TypeVar("Item")
 Encoded = dict[str, dict[str, NDArray[np.generic]]]  # group to array name to (B, ...)
 NAN4, NAN6 = (float("nan"),) * 4, (float("nan"),) * 6
 
@@ -210,36 +212,38 @@ class StoreWriter:
 
     def _write_data(self, shard: int, rows: Sequence[TileRow], batches: Sequence[Encoded]) -> None:
         here = slice(*self.attributes.shard_range(shard))
-        present = np.array([not row.skip_reason for row in rows])
-        groups: Encoded = {}
-        for group in self._store.groups:
-            groups[group] = {}
-            for name in self._store.array_names():
-                array = self._array(f"features/{group}/{name}")
-                block = np.full((len(rows), *array.shape[1:]), array.fill_value, array.dtype)
-                if present.any():
-                    block[present] = np.concatenate([batch[group][name] for batch in batches])
-                groups[group][name] = block
-                if array.shards is None:
-                    array[here] = block
-                else:
-                    self._write_shards(array, shard, block)
-        self._write_tiles(here, rows)
-        self._write_targets(here, rows)
-        self._array("tiles/digest")[here] = _texts(np.where(present, tile_digests(groups), ""))
+        present = [not row.skip_reason for row in rows]
+        with ThreadPoolExecutor(1, "digest") as pool:  # beside the writes: each takes about as long
+            digests = pool.submit(lambda: [digest for batch in batches for digest in tile_digests(batch)])
+            for group in self._store.groups:
+                for name in self._store.array_names():
+                    array = self._array(f"features/{group}/{name}")
+                    blank = np.full(array.shape[1:], array.fill_value, array.dtype)
+                    tiles = _spread(
+                        [tile for batch in batches for tile in batch[group][name]], present, blank
+                    )
+                    if array.shards is None:
+                        array[here] = np.stack(tiles)
+                    else:
+                        self._write_shards(array, shard, tiles)
+            self._write_tiles(here, rows)
+            self._write_targets(here, rows)
+        self._array("tiles/digest")[here] = _texts(_spread(digests.result(), present, ""))
 
-    def _write_shards(self, array: Any, shard: int, block: NDArray[np.generic]) -> None:
-        """Write tiles (tile, timestep, layer, …) of a sharded array: one file per timestep."""
-        per_chunk = array.chunks[2]
-        places = array.shards[0] * array.shape[2] // per_chunk
+    def _write_shards(self, array: Any, shard: int, tiles: Sequence[NDArray[np.generic]]) -> None:
+        """Write tiles (timestep, layer, …) of a sharded array: one file per timestep."""
+        per_tile = array.shape[2] // array.chunks[2]
         compressed = array.name.endswith("/values") and FORMS[self.attributes.encoding].compressed
         for step in range(array.shape[1]):
-            chunks = np.ascontiguousarray(block[:, step]).reshape(
-                len(block) * array.shape[2] // per_chunk, -1
-            )
-            packed = pack_shard(chunks.view(np.uint8), places, array.dtype.itemsize if compressed else 0)
+            chunks = [
+                chunk.view(np.uint8)
+                for tile in tiles
+                for chunk in np.ascontiguousarray(tile[step]).reshape(per_tile, -1)
+            ]
+            places = array.shards[0] * per_tile
+            parts = pack_shard(chunks, places, array.dtype.itemsize if compressed else 0)
             key = "/".join(["c", str(shard), str(step), *"0" * (array.ndim - 2)])
-            self._files.write(f"{array.path}/{key}", packed)
+            self._files.write(f"{array.path}/{key}", *parts)
 
     def _write_tiles(self, here: slice, rows: Sequence[TileRow]) -> None:
         for name in ROW_TEXT_FIELDS:
@@ -273,6 +277,14 @@ class StoreWriter:
         """An array that writes chunks of mere fill values too: a file that is not there is damage."""
         array: Any = self._root[name]
         return array.with_config({"write_empty_chunks": True})
+
+
+def _spread(items: Sequence[Item], present: Sequence[bool], blank: Item) -> list[Item]:
+    """One item for each place that is present, in order, and a blank for each that is not."""
+    spread = [blank] * len(present)
+    for place, item in zip(np.flatnonzero(present), items, strict=True):
+        spread[place] = item
+    return spread
 
 
 def _texts(items: Any) -> NDArray[Any]:

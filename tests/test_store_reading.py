@@ -62,7 +62,7 @@ def read_all(path: Path, places: int, size: int, count: int, compressed: bool = 
 @pytest.mark.parametrize("itemsize", [0, 2])
 def test_a_packed_shard_is_read_back_and_absent_chunks_are_refused(tmp_path: Path, itemsize: int) -> None:
     written = chunks(5, 64)
-    (tmp_path / "s").write_bytes(pack_shard(written, 7, itemsize))
+    (tmp_path / "s").write_bytes(b"".join(pack_shard(written, 7, itemsize)))
     np.testing.assert_array_equal(read_all(tmp_path / "s", 7, 64, 5, itemsize > 0), written)
     with pytest.raises(DamagedShardError, match="chunk 5 is absent"):
         read_all(tmp_path / "s", 7, 64, 6, itemsize > 0)
@@ -84,7 +84,7 @@ def test_shards_of_zarr_python_are_read_though_their_chunks_lie_in_another_order
 
 @pytest.mark.parametrize("itemsize", [0, 2])
 def test_every_flipped_bit_and_every_truncation_is_refused(tmp_path: Path, itemsize: int) -> None:
-    whole = pack_shard(chunks(3, 8), 4, itemsize)
+    whole = b"".join(pack_shard(chunks(3, 8), 4, itemsize))
     damaged = [whole[:length] for length in range(len(whole))]
     for place in range(len(whole)):
         flipped = bytearray(whole)
@@ -100,7 +100,7 @@ def test_a_request_that_the_system_cuts_short_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = chunks(4, 10)
-    (tmp_path / "s").write_bytes(pack_shard(written, 4))
+    (tmp_path / "s").write_bytes(b"".join(pack_shard(written, 4)))
     whole = os.preadv
     monkeypatch.setattr(os, "preadv", lambda f, buffers, at: whole(f, [buffers[0][:3]], at))
     np.testing.assert_array_equal(read_all(tmp_path / "s", 4, 10, 4), written)
