@@ -95,10 +95,15 @@ class BackboneInfo:
             asked = self.trained_size
         return resolve_image_size(asked, tile_size, self.coarsest_stride)
 
+    def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of images of this (H, W) size in pixels."""
+        height, width = (side // self.latent_stride for side in image_size)
+        return int(self.vae_config["latent_channels"]), height, width
+
     def layers(self, image_size: tuple[int, int]) -> list[LayerInfo]:
         """All tappable layers for images of this (H, W) size in pixels."""
-        latent = (image_size[0] // self.latent_stride, image_size[1] // self.latent_stride)
-        return layer_table(UNet2DConditionModel, self.unet_config, latent, self.latent_stride)
+        size = self.latent_shape(image_size)[1:]
+        return layer_table(UNet2DConditionModel, self.unet_config, size, self.latent_stride)
 
 
 @dataclass(frozen=True)

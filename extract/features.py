@@ -41,31 +41,43 @@ class FeatureExtractor:
         self.prediction_type = declared if settings.prediction == "scheduler" else settings.prediction
         self.unet_calls = 0
 
-    def __call__(self, rgb: Tensor, tile_ids: Sequence[str], metadata: Tensor | None = None) -> list[Tensor]:
-        """Compute the features of a batch.
+    def latents(self, rgb: Tensor, tile_ids: Sequence[str]) -> Tensor:
+        """Encode a batch of images.
 
         Args:
             rgb: (B, 3, H, W) float32 in [0, 1] at the backbone's image size.
+            tile_ids: The B tiles' ids, which seed the noise that latents are sampled with.
+
+        Returns:
+            Clean latents (B, c, h, w) of the backbone's dtype.
+        """
+        if self.settings.latent == "mode":
+            return self.backbone.encode(rgb, noise=None)
+        shape = self.backbone.info.latent_shape((rgb.shape[-2], rgb.shape[-1]))
+        return self.backbone.encode(rgb, self._noise("latent", 0, tile_ids, shape))
+
+    def __call__(self, rgb: Tensor, tile_ids: Sequence[str], metadata: Tensor | None = None) -> list[Tensor]:
+        """Compute the features of a batch of images: `features` of their `latents`."""
+        return self.features(self.latents(rgb, tile_ids), tile_ids, metadata)
+
+    def features(
+        self, latents: Tensor, tile_ids: Sequence[str], metadata: Tensor | None = None
+    ) -> list[Tensor]:
+        """Compute the features of a batch.
+
+        Args:
+            latents: Clean latents (B, c, h, w).
             tile_ids: The B tiles' ids, which seed their noise.
             metadata: (B, 7) float32 as `normalise` makes it, for a backbone that reads metadata.
 
         Returns:
             One (B, T, C, H, W) float32 tensor per layer, timesteps ascending.
         """
-        latents = self._latents(rgb, tile_ids)
-        conditions = self.backbone.conditions(len(rgb), metadata)
+        conditions = self.backbone.conditions(len(latents), metadata)
         if self.settings.noising == "inversion":
             return self.invert(latents, conditions)
         draws = [self._noise("noise", i, tile_ids, latents.shape[1:]) for i in range(self.settings.draws)]
         return self.noise_once(latents, draws, conditions)
-
-    def _latents(self, rgb: Tensor, tile_ids: Sequence[str]) -> Tensor:
-        if self.settings.latent == "mode":
-            return self.backbone.encode(rgb, noise=None)
-        stride = self.backbone.info.latent_stride
-        channels = self.backbone.vae.config.latent_channels
-        shape = (channels, rgb.shape[-2] // stride, rgb.shape[-1] // stride)
-        return self.backbone.encode(rgb, self._noise("latent", 0, tile_ids, shape))
 
     def _noise(self, purpose: str, draw: int, tile_ids: Sequence[str], shape: Sequence[int]) -> Tensor:
         drawn = [tile_noise(self.settings.seed, tile_id, purpose, draw, shape) for tile_id in tile_ids]

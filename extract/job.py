@@ -187,6 +187,7 @@ def new_attributes(
         encoding=job.store.encoding,
         decode=decode_formula(job.store.encoding),
         previews=job.store.previews,
+        latents=backbone.info.latent_shape(image_size) if job.store.latents else None,
         colour_statistics=COLOUR_STATISTICS,
         backbone=_describe_backbone(job, backbone, records, image_size),
         feature_identity=identity,

@@ -41,7 +41,7 @@ class Plan:
     image_size: tuple[int, int]  # (H, W) px at which the backbone sees tiles
     layers: list[LayerInfo]  # as the backbone yields them
     begun: FeatureStore | None  # the store that will be gone on with
-    replaced: FeatureStore | None  # the store that will be deleted first
+    replaced: bool  # whether a store is there that will be deleted first
     other: bool  # whether a store of other tiles, timesteps, layers or encoding is in the way
 
     @property
@@ -83,6 +83,11 @@ class Plan:
         return 3 * math.prod(tile_size(self.records)) if self.job.store.previews else 0
 
     @property
+    def latent_bytes(self) -> int:
+        """Bytes of one tile's latents."""
+        return 4 * math.prod(self.info.latent_shape(self.image_size)) if self.job.store.latents else 0
+
+    @property
     def table_bytes(self) -> int:
         """Bytes of one tile's row in all tables, with its mask or labels."""
         mask = math.prod(tile_size(self.records)) if self.source.task == "segmentation" else 0
@@ -90,7 +95,8 @@ class Plan:
 
     def total_bytes(self, encoding: Encoding, tiles: int) -> int:
         """Bytes that so many tiles take."""
-        return tiles * (self.feature_bytes(encoding) + self.preview_bytes + self.table_bytes)
+        others = self.preview_bytes + self.latent_bytes + self.table_bytes
+        return tiles * (self.feature_bytes(encoding) + others)
 
     @property
     def needed_bytes(self) -> int:
@@ -103,7 +109,9 @@ class Plan:
         """Free space for the store; one that it replaces is deleted first."""
         places = (self.out.absolute(), *self.out.absolute().parents)
         free = shutil.disk_usage(next(place for place in places if place.exists())).free
-        return free + (self.replaced.size_bytes() if self.replaced else 0)
+        if not self.replaced:
+            return free
+        return free + sum(file.stat().st_size for file in self.out.rglob("*") if file.is_file())
 
     @property
     def fits(self) -> bool:
@@ -127,8 +135,8 @@ def make_plan(job: Job, out: Path, overwrite: bool = False) -> Plan:
     info = find_backbone(job.backbone_settings)
     job = fix_automatic(job, out, overwrite)
     image_size, layers = plan_layers(job, info, tile_size(records))
-    store = FeatureStore(out) if is_store(out) else None
-    replaced = store is not None and (overwrite or not any(store.commits))
+    store = FeatureStore(out) if is_store(out) and not overwrite else None  # a damaged one can be replaced
+    replaced = is_store(out) if store is None else not any(store.commits)
     same = store is not None and not replaced and _is_same(store, job, records, layers)
     return Plan(
         job=job,
@@ -139,7 +147,7 @@ def make_plan(job: Job, out: Path, overwrite: bool = False) -> Plan:
         image_size=image_size,
         layers=layers,
         begun=store if same else None,
-        replaced=store if replaced else None,
+        replaced=replaced,
         other=store is not None and not replaced and not same,
     )
 

@@ -37,6 +37,7 @@ def describe_plan(plan: Plan, trial: Trial | None) -> dict[str, Any]:
         "encoding": plan.job.store.encoding,
         "features": features,
         "previews": _sizes(plan.preview_bytes, tiles),
+        "latents": _sizes(plan.latent_bytes, tiles),
         "tables": _sizes(plan.table_bytes, tiles),
         "to_write": plan.total_bytes(plan.job.store.encoding, left),
         "needed": plan.needed_bytes,
@@ -96,7 +97,7 @@ def _passes(plan: Plan) -> Iterator[str]:
 def _sizes_table(plan: Plan) -> Iterator[str]:
     rows = {name: plan.feature_bytes(name) for name in ENCODINGS}
     sizes = {f"features, {name}": size for name, size in rows.items()}
-    sizes |= {"previews": plan.preview_bytes, "tables": plan.table_bytes}
+    sizes |= {"previews": plan.preview_bytes, "latents": plan.latent_bytes, "tables": plan.table_bytes}
     width = max(map(len, sizes))
     yield f"{'':{width}}       a tile   {len(plan.records)} tiles"
     for name, size in sizes.items():

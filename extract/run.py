@@ -159,6 +159,7 @@ def compute_shard(
     rows: list[TileRow] = []
     batches: list[Future[Encoded]] = []
     waiting: list[tuple[str, Floats]] = []
+    latents: dict[str, Floats] = {}
     for position, record in enumerate(records, start=1):
         row, prepared = read_row(work.job, work.source, record)
         rows.append(row)
@@ -168,10 +169,11 @@ def compute_shard(
         if waiting and (len(waiting) == work.job.settings.batch_size or position == len(records)):
             before_batch()
             ids = [tile_id for tile_id, _ in waiting]
-            maps = _compute_batch(work, waiting)
-            batches.append(encoding.hand(partial(_encode_batch, work, ids, maps)))
+            clean, maps = _compute_batch(work, waiting)
+            latents |= zip(ids, clean, strict=True)
+            batches.append(encoding.hand(partial(encode_batch, work, ids, maps)))
             waiting = []
-    return rows, batches
+    return [replace(row, latents=latents.get(row.tile_id)) for row in rows], batches
 
 
 def read_row(job: Job, source: Source, record: TileRecord) -> tuple[TileRow, Prepared | None]:
@@ -213,15 +215,21 @@ def _place(record: TileRecord) -> dict[str, Any]:
     return {"crs": place.crs, "transform": place.transform, "bounds": place.bounds(*record.size)}
 
 
-def _compute_batch(work: Work, tiles: Sequence[tuple[str, Floats]]) -> list[Floats]:
-    """The maps of a batch, one (B, T, C, H, W) array per layer."""
+def _compute_batch(work: Work, tiles: Sequence[tuple[str, Floats]]) -> tuple[Floats, list[Floats]]:
+    """The latents (B, c, h, w) and the maps of a batch, one (B, T, C, H, W) array per layer."""
     ids = [tile_id for tile_id, _ in tiles]
     rgb = resize(torch.from_numpy(np.stack([image for _, image in tiles])), work.image_size)
+    latents = work.extractor.latents(rgb, ids)
+    return latents.float().cpu().numpy(), compute_maps(work, latents, ids)
+
+
+def compute_maps(work: Work, latents: Tensor, ids: Sequence[str]) -> list[Floats]:
+    """The maps of a batch from its clean latents (B, c, h, w), one (B, T, C, H, W) array per layer."""
     metadata = torch.stack([work.metadata[tile_id] for tile_id in ids]) if work.metadata else None
-    return [m.cpu().numpy() for m in work.extractor(rgb, ids, metadata)]
+    return [m.cpu().numpy() for m in work.extractor.features(latents, ids, metadata)]
 
 
-def _encode_batch(work: Work, ids: Sequence[str], maps: Sequence[Floats]) -> Encoded:
+def encode_batch(work: Work, ids: Sequence[str], maps: Sequence[Floats]) -> Encoded:
     """Check and encode the maps of a batch."""
     extractor, encoding = work.extractor, work.job.store.encoding
     check_finite(maps, ids, extractor.layers, extractor.timesteps, FORMS[encoding].largest)

@@ -44,6 +44,8 @@ def create_arrays(root: zarr.Group, attributes: Attributes) -> None:
     if attributes.previews:
         shape = (*attributes.tile_size, 3)
         _table(root, "previews/rgb", attributes, shape, "uint8", 0, ("y", "x", "rgb"))
+    if attributes.latents:
+        _table(root, "latents", attributes, attributes.latents, "float32", np.nan, ("channel", "y", "x"))
     root.create_array(
         "commits",
         shape=(attributes.shards,),

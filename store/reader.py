@@ -214,6 +214,17 @@ class FeatureStore(ShardedStore):
         pictures: NDArray[np.uint8] = self.gather("previews/rgb", rows)
         return pictures
 
+    def latents(self, rows: Indices) -> Floats:
+        """Clean latents (B, C, h, w) float32 of some rows, as the U-Net's input was made of them.
+
+        Raises:
+            StoreError: the store was written without latents.
+        """
+        if not self.attributes.latents:
+            raise StoreError(f"{self.path}: holds no latents; extract with store.latents: true")
+        latents: Floats = self.gather("latents", rows)
+        return latents
+
     # --- features
 
     def pooled(self, timestep: int | None = None, layer: str = "*", split: str | None = None) -> xr.DataArray:

@@ -67,6 +67,7 @@ class Attributes(Settings):
     encoding: Encoding
     decode: str
     previews: bool
+    latents: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None  # (C, h, w) where they are held
     colour_statistics: list[str]
     backbone: dict[str, Any]
     feature_identity: dict[str, Any]

@@ -23,6 +23,7 @@ class StoreSettings(Settings):
     pool: PositiveInt | dict[PositiveInt, PositiveInt] = 2
     tiles_per_shard: PositiveInt | Literal["auto"] = "auto"
     previews: bool = True
+    latents: bool = True
 
     def pool_of(self, stride: int) -> int:
         """Pixels a side of the windows that maps of a stride are averaged over before they are kept."""

@@ -64,6 +64,7 @@ class TileRow:
     colour: Floats | None = None  # (statistic,)
     target: NDArray[np.generic] | None = None  # () int32 label, (classes,) uint8 labels or (H, W) uint8 mask
     preview: NDArray[np.uint8] | None = None  # (H, W, 3)
+    latents: Floats | None = None  # (C, h, w)
     partitions: Mapping[str, str] = field(default_factory=dict)  # split in each, if the store holds several
 
     @property
@@ -260,6 +261,10 @@ class StoreWriter:
             empty = np.zeros((*self.attributes.tile_size, 3), np.uint8)
             previews = [empty if row.preview is None else row.preview for row in rows]
             self._array("previews/rgb")[here] = np.stack(previews)
+        if self.attributes.latents:
+            none = np.full(self.attributes.latents, np.nan, np.float32)
+            latents = [none if row.latents is None else row.latents for row in rows]
+            self._array("latents")[here] = np.stack(latents)
 
     def _write_targets(self, here: slice, rows: Sequence[TileRow]) -> None:
         name = target_array(self.attributes.task)

@@ -229,7 +229,7 @@ def test_a_value_that_cannot_be_encoded_is_refused_with_its_tile(
         maps = compute(work, tiles)
         calls.append(1)
         if len(calls) == 4:  # the last batch of shard 1: its write would come first to meet the error
-            maps[0][:] = np.nan
+            maps[1][0][:] = np.nan
         return maps
 
     monkeypatch.setattr(run, "_compute_batch", spoil)
@@ -264,7 +264,7 @@ def test_no_more_than_two_shards_are_held(
     """The disk is slower than the backbone; each encoded batch is counted for as long as it lives."""
     alive: list[int] = []
     counts: list[int] = []
-    encode_batch = run._encode_batch
+    encode_batch = run.encode_batch
 
     def watch(*words: Any) -> Any:
         encoded = encode_batch(*words)
@@ -274,7 +274,7 @@ def test_no_more_than_two_shards_are_held(
         counts.append(len(alive))
         return encoded
 
-    monkeypatch.setattr(run, "_encode_batch", watch)
+    monkeypatch.setattr(run, "encode_batch", watch)
     monkeypatch.setattr(StoreWriter, "write_shard", slow_write)
     extract(make_job(folder), tmp_path / "s.zarr")
     assert len(counts) == 7

@@ -125,7 +125,7 @@ def test_sizes_are_those_of_the_arrays(config: Path, tmp_path: Path, encoding: s
 def test_every_encoding_is_told_and_the_chosen_one_counts(config: Path, tmp_path: Path) -> None:
     told = plan("-c", config, "-o", tmp_path / "s.zarr")
     assert tuple(told["features"]) == ENCODINGS
-    sizes = [told[name]["total"] for name in ("previews", "tables")]
+    sizes = [told[name]["total"] for name in ("previews", "latents", "tables")]
     assert told["to_write"] == told["features"]["int8"]["total"] + sum(sizes)
     wider = plan("-c", config, "-o", tmp_path / "s.zarr", "--set", "store.encoding=float32")
     assert wider["to_write"] == told["features"]["float32"]["total"] + sum(sizes)

@@ -431,11 +431,11 @@ def test_a_failed_write_leaves_committed_shards_whole(
 ) -> None:
     write, done = files.write_durably, []
 
-    def fail(path: Path, data: bytes) -> None:
+    def fail(path: Path, *parts: Any) -> None:
         done.append(path)
         if len(done) - 1 == writes or (writes == "commit" and "commits" in path.parts):
             raise OSError(code, "Permission denied")
-        write(path, data)
+        write(path, *parts)
 
     writer = open_or_create(partial.path, attributes(), overwrite=False)
     with monkeypatch.context() as patch:
@@ -470,7 +470,7 @@ def test_data_is_synced_before_the_record_that_vouches_for_it(
 def test_a_store_that_cannot_be_created_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path, data: bytes) -> None:
+    def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(files, "write_durably", fail)
