@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from satdifuser.errors import SatDiFuserError, SettingsError
-from satdifuser.store.commands import json_option, overwrite_option, store, store_argument
+from satdifuser.store.commands import json_option, overwrite_option, store, store_argument, whole_numbers
 
 if TYPE_CHECKING:
     from satdifuser.pipeline import Pipeline
@@ -200,19 +200,42 @@ def layers(config: Path | None, overrides: tuple[str, ...], show_all: bool, as_j
 @cli.command()
 @pipeline_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The store's folder, e.g. eurosat.zarr.")
+@click.option("--add-timesteps", metavar="T,T", help="Let the complete store at -o grow by these timesteps.")
+@click.option("--add-layers", metavar="NAMES", help="… by these layers: names or patterns, commas between.")
+@click.option("--add-tiles", is_flag=True, help="… by the tiles that its source has by now.")
+@click.option("--relabel", is_flag=True, help="Give it its source's labels, classes and partitions of now.")
 @overwrite_option
 @space_option
 def extract(
     config: Path | None,
     overrides: tuple[str, ...],
     out: Path | None,
+    add_timesteps: str | None,
+    add_layers: str | None,
+    add_tiles: bool,
+    relabel: bool,
     overwrite: bool,
     ignore_free_space: bool,
 ) -> None:
-    """Write the features of a source's tiles to a store, or go on where an earlier run stopped."""
+    """Write the features of a source's tiles to a store, or go on where an earlier run stopped.
+
+    With --add-… and --relabel the settings are those that the store holds, unless -c names a file.
+    """
     from satdifuser.extract.job import Job
     from satdifuser.extract.run import extract as run_extraction
 
+    if add_timesteps or add_layers or add_tiles or relabel:
+        from satdifuser.extract.grow import Additions, grow
+        from satdifuser.pipeline import load_stored
+
+        if out is None:
+            raise SettingsError("-o: missing; name the store that is to grow, e.g. -o eurosat.zarr")
+        pipeline = _load(config, overrides) if config else load_stored(out, overrides)
+        job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
+        steps = whole_numbers("--add-timesteps", add_timesteps) if add_timesteps else []
+        additions = Additions(steps, add_layers.split(",") if add_layers else [], add_tiles, relabel)
+        click.echo(grow(job, out, additions, overwrite, ignore_free_space))
+        return
     pipeline = _load(config, overrides)
     job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
     path = out or pipeline.store_path

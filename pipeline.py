@@ -5,6 +5,7 @@ The stages import torch and the rest when they run: reading settings stays quick
 
 from __future__ import annotations
 
+import copy
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -89,6 +90,22 @@ def load_pipeline(file: Path | None = None, overrides: Sequence[str] = ()) -> Pi
     for change in changes:
         _assign(raw, change.path, change.value)
     return validate_settings(raw, name, changes)
+
+
+def load_stored(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """The settings that a store was made with, and overrides.
+
+    Raises:
+        StoreError: there is no store, or its metadata is damaged.
+        SettingsError: naming every wrong setting at once.
+    """
+    from satdifuser.store.reader import open_store
+
+    raw = copy.deepcopy(open_store(path).attributes.settings)
+    changes = _renew_source(raw, [_parse_override(text) for text in overrides])
+    for change in changes:
+        _assign(raw, change.path, change.value)
+    return validate_settings(raw, f"settings in {path}", changes)
 
 
 def validate_settings(raw: Mapping[str, Any], name: str, overrides: Sequence[Override] = ()) -> Pipeline:

@@ -133,6 +133,11 @@ def partition_names(records: Sequence[TileRecord]) -> list[str]:
     return names
 
 
+def chosen_partition(job: Job) -> str:
+    """The partition that the source is asked for."""
+    return str(getattr(job.source_settings, "partition", DEFAULT_PARTITION))
+
+
 def plan_layers(
     job: Job, info: BackboneInfo, size: tuple[int, int]
 ) -> tuple[tuple[int, int], list[LayerInfo]]:
@@ -160,14 +165,12 @@ def new_attributes(
         asked = auto_tiles_per_shard(layers, len(timesteps), job.store.encoding, len(records))
     per_shard = min(asked, len(records))
     size = tile_size(records)
-    identity = _feature_identity(job, backbone, image_size, size)
+    identity = feature_identity(job, backbone, image_size, size)
     ids = [record.tile_id for record in records]
     planned = Hashes(
         feature=canonical_hash(identity),
         contents=contents_hash(ids, timesteps, layers),
-        labels=canonical_hash(
-            [list(source.classes), [[r.tile_id, dict(r.partitions) or r.split, r.label] for r in records]]
-        ),
+        labels=planned_labels(source, records),
     )
     return Attributes(
         store_id=uuid.uuid4().hex,
@@ -176,7 +179,7 @@ def new_attributes(
         task=source.task,
         classes=list(source.classes),
         ignore_value=source.ignore_value,
-        partition=getattr(job.source_settings, "partition", DEFAULT_PARTITION),
+        partition=chosen_partition(job),
         partitions=partition_names(records),
         tiles=len(records),
         left_out=source.left_out,
@@ -194,6 +197,12 @@ def new_attributes(
         planned=planned,
         settings=resolved_settings(job, size, image_size, timesteps, per_shard),
     )
+
+
+def planned_labels(source: Source, records: Sequence[TileRecord]) -> str:
+    """Hash of the labels and splits as a source lists them, masks unread."""
+    listed = [[r.tile_id, dict(r.partitions) or r.split, r.label] for r in records]
+    return canonical_hash([list(source.classes), listed])
 
 
 def _describe_backbone(
@@ -224,7 +233,7 @@ def resolved_settings(
     }
 
 
-def _feature_identity(
+def feature_identity(
     job: Job, backbone: Backbone, image_size: tuple[int, int], size: tuple[int, int]
 ) -> dict[str, Any]:
     """Everything that shapes one feature value; its hash is the store's `feature` hash."""

@@ -72,7 +72,7 @@ def extract(job: Job, out: Path, overwrite: bool = False, ignore_free_space: boo
         refuse_changed(
             FeatureStore(out), plan.records, lambda record: read_row(plan.job, plan.source, record)[0]
         )
-        _fill(work, plan.records, writer)
+        _fill(work, plan.source, plan.records, writer)
         store = FeatureStore(out)
         _report_skipped(store)
     return store
@@ -83,7 +83,6 @@ class Work:
     """What turns tiles into features."""
 
     job: Job
-    source: Source
     extractor: FeatureExtractor
     image_size: tuple[int, int]  # (H, W) px
     metadata: Mapping[str, Tensor]  # by tile id (7,) normalised; empty for a backbone that reads none
@@ -96,10 +95,10 @@ def load_work(plan: Plan) -> Work:
     torch.set_num_threads(int(job.settings.threads))
     backbone = load_backbone(plan.info, job.backbone_settings)
     extractor = FeatureExtractor(backbone, job.settings, plan.layers)
-    return Work(job, plan.source, extractor, plan.image_size, metadata)
+    return Work(job, extractor, plan.image_size, metadata)
 
 
-def _fill(work: Work, records: Sequence[TileRecord], writer: StoreWriter) -> None:
+def _fill(work: Work, source: Source, records: Sequence[TileRecord], writer: StoreWriter) -> None:
     """Compute the missing shards; each is written while the next one is computed."""
     missing = writer.missing_shards()
     if there := writer.attributes.shards - len(missing):
@@ -116,7 +115,7 @@ def _fill(work: Work, records: Sequence[TileRecord], writer: StoreWriter) -> Non
     ):
         for shard, (start, stop) in ranges.items():
             began = time.monotonic()
-            rows, batches = compute_shard(work, records[start:stop], values, encoding, writing.check)
+            rows, batches = compute_shard(work, source, records[start:stop], values, encoding, writing.check)
             if not warning and (warning := values.warning()):
                 tqdm.write(warning, file=sys.stderr)
             seconds = round(time.monotonic() - began, 3)
@@ -139,6 +138,7 @@ def _write(
 
 def compute_shard(
     work: Work,
+    source: Source,
     records: Sequence[TileRecord],
     values: ValueRange,
     encoding: Background,
@@ -148,6 +148,7 @@ def compute_shard(
 
     Args:
         work: What turns tiles into features.
+        source: Reads them.
         records: The tiles.
         values: Takes note of their values.
         encoding: Encodes each batch while the next one is computed.
@@ -161,7 +162,7 @@ def compute_shard(
     waiting: list[tuple[str, Floats]] = []
     latents: dict[str, Floats] = {}
     for position, record in enumerate(records, start=1):
-        row, prepared = read_row(work.job, work.source, record)
+        row, prepared = read_row(work.job, source, record)
         rows.append(row)
         if prepared is not None:
             values.add(prepared)

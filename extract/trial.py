@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from satdifuser.extract.background import Background
 from satdifuser.extract.plan import Plan
 from satdifuser.extract.run import Work, compute_shard, load_work
-from satdifuser.extract.sources.tile import TileRecord
+from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
 
 TIMED_BATCHES = 3
@@ -49,17 +49,17 @@ def time_batches(plan: Plan) -> Trial:
     batches = [plan.left[start : start + batch] for start in range(0, len(plan.left), batch)]
     chosen = batches[:: max(1, len(batches) // (TIMED_BATCHES + 1))][: TIMED_BATCHES + 1]
     values = ValueRange(plan.job.images)
-    warming = _seconds(work, chosen[0], values)
+    warming = _seconds(work, plan.source, chosen[0], values)
     affordable = max(1, int(LONGEST_SECONDS / warming))
     timed = [record for records in (chosen[1:] or chosen)[:affordable] for record in records]
-    trial = Trial(len(timed), _seconds(work, timed, values))
+    trial = Trial(len(timed), _seconds(work, plan.source, timed, values))
     if warning := values.warning():
         print(warning, file=sys.stderr)
     return trial
 
 
-def _seconds(work: Work, records: Sequence[TileRecord], values: ValueRange) -> float:
+def _seconds(work: Work, source: Source, records: Sequence[TileRecord], values: ValueRange) -> float:
     began = time.perf_counter()
     with Background("encode") as encoding:
-        compute_shard(work, records, values, encoding, encoding.check)
+        compute_shard(work, source, records, values, encoding, encoding.check)
     return time.perf_counter() - began

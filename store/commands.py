@@ -123,17 +123,18 @@ def copy(
     from satdifuser.store.reader import open_store
 
     opened = open_store(store)
-    steps = [_whole_number(text) for text in timesteps.split(",")] if timesteps else None
+    steps = whole_numbers("--timesteps", timesteps) if timesteps else None
     settings = StoreSettings(encoding=encoding or opened.attributes.encoding)
     chosen = splits.split(",") if splits else []
     click.echo(copy_store(opened, out, chosen, tiles, steps, layers.split(","), settings, overwrite))
 
 
-def _whole_number(text: str) -> int:
+def whole_numbers(option: str, text: str) -> list[int]:
+    """The numbers in a text such as ``21,61``."""
     try:
-        return int(text)
+        return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise SettingsError(f"--timesteps: got {text!r}, expected whole numbers, e.g. 21,61") from error
+        raise SettingsError(f"{option}: got {text!r}, expected whole numbers, e.g. 21,61") from error
 
 
 @store.command()

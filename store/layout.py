@@ -45,7 +45,8 @@ def create_arrays(root: zarr.Group, attributes: Attributes) -> None:
         shape = (*attributes.tile_size, 3)
         _table(root, "previews/rgb", attributes, shape, "uint8", 0, ("y", "x", "rgb"))
     if attributes.latents:
-        _table(root, "latents", attributes, attributes.latents, "float32", np.nan, ("channel", "y", "x"))
+        dimensions = ("latent_channel", "latent_y", "latent_x")  # those of the features have other lengths
+        _table(root, "latents", attributes, attributes.latents, "float32", np.nan, dimensions)
     root.create_array(
         "commits",
         shape=(attributes.shards,),

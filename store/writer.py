@@ -141,7 +141,8 @@ def _check_same(path: Path, existing: Attributes, attributes: Attributes) -> Non
     raise StoreError(
         f"{path}: this store was made with other settings:\n  "
         + "\n  ".join(fields + listing)
-        + "\nwrite to another path, or replace the store with --overwrite"
+        + "\nwrite to another path, or replace the store with --overwrite; a complete store can also grow: "
+        "`satdifuser extract` with --add-timesteps, --add-layers, --add-tiles or --relabel"
     )
 
 

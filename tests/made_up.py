@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from satdifuser.extract.unet import SatUNet
@@ -125,6 +127,15 @@ def run_record(**fields: Any) -> dict[str, Any]:
         "weights": None,
     }
     return common | fields
+
+
+def image_folder(root: Path, classes: Mapping[str, int], seed: int = 0) -> None:
+    """Write so many images of 16 x 16 px for each class; those that are there come out the same."""
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = np.random.default_rng([seed, i, *name.encode()]).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
 
 
 def tiny_unet() -> UNet2DConditionModel:
