@@ -14,8 +14,6 @@ import shutil
 import uuid
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
@@ -24,7 +22,7 @@ from satdifuser.errors import StoreError
 PARTIAL_SUFFIX = ".partial"
 BUFFER_BYTES = 1024 * 1024
 ASIDE_SUFFIX = ".creating"  # beside a store: becoming one, or no longer one
-Part = bytes | NDArray[np.uint8]
+Part = bytes | memoryview
 
 
 class DurableStore(LocalStore):

@@ -32,7 +32,7 @@ class DamagedShardError(ValueError):
     """A shard file is not what its index or its checksums say."""
 
 
-def pack_shard(chunks: Iterable[Bytes], places: int, itemsize: int = 0) -> list[bytes | Bytes]:
+def pack_shard(chunks: Iterable[Bytes], places: int, itemsize: int = 0) -> list[bytes | memoryview]:
     """Lay out a shard.
 
     Args:
@@ -43,11 +43,11 @@ def pack_shard(chunks: Iterable[Bytes], places: int, itemsize: int = 0) -> list[
     Returns:
         The file's content, in parts that follow each other.
     """
-    parts: list[bytes | Bytes] = []
+    parts: list[bytes | memoryview] = []
     index = np.full((places, 2), ABSENT, "<u8")
     offset = 0
     for i, chunk in enumerate(chunks):
-        body = compress(chunk, itemsize) if itemsize else chunk
+        body = compress(chunk, itemsize) if itemsize else chunk.data.toreadonly()
         parts += [body, _checksum(body)]
         size = len(body) + CHECKSUM_BYTES
         index[i] = offset, size
@@ -63,7 +63,7 @@ def compress(chunk: Bytes, itemsize: int) -> bytes:
     return packed
 
 
-def _checksum(data: bytes | Bytes) -> bytes:
+def _checksum(data: bytes | memoryview) -> bytes:
     return struct.pack("<I", google_crc32c.value(data))
 
 
