@@ -47,8 +47,8 @@ def pack_shard(chunks: Iterable[Bytes], places: int, itemsize: int = 0) -> list[
     index = np.full((places, 2), ABSENT, "<u8")
     offset = 0
     for i, chunk in enumerate(chunks):
-        body = compress(chunk, itemsize) if itemsize else chunk.data.toreadonly()
-        parts += [body, _checksum(body)]
+        body = compress(chunk, itemsize) if itemsize else chunk
+        parts += [body if isinstance(body, bytes) else body.data, _checksum(body)]
         size = len(body) + CHECKSUM_BYTES
         index[i] = offset, size
         offset += size
@@ -63,7 +63,7 @@ def compress(chunk: Bytes, itemsize: int) -> bytes:
     return packed
 
 
-def _checksum(data: bytes | memoryview) -> bytes:
+def _checksum(data: bytes | Bytes) -> bytes:
     return struct.pack("<I", google_crc32c.value(data))
 
 
