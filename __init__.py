@@ -170,7 +170,8 @@ def fit(
     sections = {"fit": {"fusion": [fusion], "seeds": [seed], **settings}, "evaluate": evaluate or {}}
     pipeline = validate_settings(sections, "satdifuser.fit")
     opened = store if isinstance(store, FeatureStore) else open_store(store)
-    folder = Path(out) if out else opened.path.parent / "runs" / f"{fusion}-seed{seed}"
+    beside = opened.path.parent if isinstance(opened.path, Path) else Path()
+    folder = Path(out) if out else beside / "runs" / f"{fusion}-seed{seed}"
     run = train(opened, pipeline.fit, pipeline.fit.fusion[0], seed, folder, measure, overwrite)
     ensure_evaluated(run, opened, pipeline.evaluate)
     return run

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from satdifuser.errors import SatDiFuserError, SettingsError
-from satdifuser.store.commands import json_option, overwrite_option, store, store_argument, whole_numbers
+from satdifuser.store.commands import (
+    StorePlace,
+    json_option,
+    overwrite_option,
+    store,
+    store_argument,
+    whole_numbers,
+)
+from satdifuser.store.location import Location
 
 if TYPE_CHECKING:
     from satdifuser.pipeline import Pipeline
@@ -251,7 +259,7 @@ def extract(
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the runs.")
 @overwrite_option
 def fit(
-    store: Path, config: Path | None, overrides: tuple[str, ...], out: Path | None, overwrite: bool
+    store: Location, config: Path | None, overrides: tuple[str, ...], out: Path | None, overwrite: bool
 ) -> None:
     """Train every fusion of fit.fusion with every seed of fit.seeds on a store."""
     from satdifuser.evaluate.results import format_table, results_table
@@ -267,11 +275,11 @@ def fit(
 
 @cli.command()
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
-@click.argument("store", required=False, type=click.Path(path_type=Path))
+@click.argument("store", required=False, type=StorePlace())
 @pipeline_options
 @json_option
 def evaluate(
-    run_folder: Path, store: Path | None, config: Path | None, overrides: tuple[str, ...], as_json: bool
+    run_folder: Path, store: Location | None, config: Path | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Measure a run on the test split of its store, or of another one with the same features."""
     from satdifuser.evaluate.evaluation import evaluate_run, format_metrics
@@ -293,10 +301,10 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
 
 @cli.command("import-reference")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("store", required=False, type=click.Path(path_type=Path))
+@click.argument("store", required=False, type=StorePlace())
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The run's folder.")
 @overwrite_option
-def import_reference(checkpoint: Path, store: Path | None, out: Path, overwrite: bool) -> None:
+def import_reference(checkpoint: Path, store: Location | None, out: Path, overwrite: bool) -> None:
     """Turn a checkpoint of the authors' training script into a run.
 
     With a STORE all is checked at once; without, at the first `evaluate` of the run on one.

@@ -45,6 +45,7 @@ from satdifuser.fuse.reference import WAITING, complete
 from satdifuser.fuse.run_folder import METRICS_FILE, SETTINGS_FILE, Run, open_run
 from satdifuser.fuse.train import Prediction, load_network, predict
 from satdifuser.store.files import write_durably
+from satdifuser.store.location import Location
 from satdifuser.store.reader import FeatureStore, Indices, open_store
 from satdifuser.store.schema import canonical_hash, differing_fields
 
@@ -163,7 +164,7 @@ def measurement(run: Run, store: FeatureStore, settings: EvaluateSettings) -> di
     }
 
 
-def evaluate_run(folder: Path, store_path: Path | None, settings: EvaluateSettings) -> dict[str, Any]:
+def evaluate_run(folder: Path, store_path: Location | None, settings: EvaluateSettings) -> dict[str, Any]:
     """Measure a run on one split of a store, and write what was found beside it.
 
     Args:
@@ -188,7 +189,7 @@ def evaluate_run(folder: Path, store_path: Path | None, settings: EvaluateSettin
     if run.info["kind"] != "fusion":
         raise RunError(f"{folder}: a baseline is measured when it is made; run `satdifuser fit` again")
     previous_test_reads(run)  # a damaged count is told before test is read once more
-    store = open_store(store_path or Path(run.info["store"]["path"]))
+    store = open_store(store_path or run.info["store"]["path"])
     check_features(run, store)
     network, statistics, fit_settings = load_network(run, store)
     rows = labelled(store, settings.split, run.partition)

@@ -72,7 +72,7 @@ def refuse_changed(
         others = f" (and {len(changed) - 1} more tiles)" if len(changed) > 1 else ""
         raise StoreError(
             f"{store.path}: tile {records[row].tile_id}: its {what} changed after it was extracted{others}; "
-            + _remedy(store.path, sorted({row // per_shard for row, _ in changed}))
+            + _remedy(store.folder, sorted({row // per_shard for row, _ in changed}))
         )
 
 

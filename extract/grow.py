@@ -113,7 +113,7 @@ def grow(
 def _prepare(job: Job, old: FeatureStore, additions: Additions) -> Growth:
     old.require_complete()
     a = old.attributes
-    job = _as_stored(fix_automatic(job, old.path, overwrite=False), a)
+    job = _as_stored(fix_automatic(job, old.folder, overwrite=False), a)
     info = find_backbone(job.backbone_settings)
     image_size = info.image_size(job.settings.image_size, a.tile_size)
     known = [layer.name for layer in a.layers]
@@ -228,7 +228,7 @@ def _require_space(growth: Growth) -> None:
     features = [bytes_per_tile(x.layers, len(x.timesteps), x.encoding) for x in (old, new)]
     others = max(0, growth.old.size_bytes() - features[0] * old.tiles) / old.tiles
     needed = with_margin(int(new.tiles * (features[1] + others)))
-    free = shutil.disk_usage(growth.old.path.parent).free
+    free = shutil.disk_usage(growth.old.folder.parent).free
     if needed > free:
         raise StoreError(
             f"{growth.old.path}: the grown store needs {format_bytes(needed)} beside the old one, which is "

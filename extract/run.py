@@ -281,7 +281,7 @@ def _report_skipped(store: FeatureStore) -> None:
         return
     lines = [f"  {name}: {why}" for name, why in zip(skipped.tile_id, skipped.skip_reason, strict=True)]
     if len(skipped) == len(tiles):
-        discard(store.path)
+        discard(store.folder)
         raise SourceError(
             f"all {len(tiles)} tiles were skipped, so there is nothing to extract and no store was kept; the "
             f"first:\n{lines[0]}\nmend the images or the source's settings, seen by `satdifuser tiles`"

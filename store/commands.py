@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from satdifuser.errors import SettingsError, StoreError
+from satdifuser.store.location import Location, is_remote, location
 from satdifuser.store.settings import Encoding, StoreSettings
 
 if TYPE_CHECKING:
@@ -17,7 +18,19 @@ if TYPE_CHECKING:
 AGAIN = "run the same `satdifuser extract` command again"
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
-store_argument = click.argument("store", type=click.Path(path_type=Path))
+
+
+class StorePlace(click.ParamType):  # type: ignore[type-arg]
+    """A local folder or .zip file, or an address such as s3://bucket/x.zarr."""
+
+    name = "store"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Location:
+        """A path, or an address as it is."""
+        return location(str(value))
+
+
+store_argument = click.argument("store", type=StorePlace())
 
 
 @click.group()
@@ -28,7 +41,7 @@ def store() -> None:
 @store.command()
 @store_argument
 @json_option
-def info(store: Path, as_json: bool) -> None:
+def info(store: Location, as_json: bool) -> None:
     """Say what a store holds and how it was made."""
     from satdifuser.store.reader import open_store
     from satdifuser.store.summary import describe_store, format_store
@@ -42,7 +55,7 @@ def info(store: Path, as_json: bool) -> None:
 @click.option("--deep", is_flag=True, help="Also read every byte: hash all files, recompute all digests.")
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, store: Path, deep: bool, as_json: bool) -> None:
+def verify(ctx: click.Context, store: Location, deep: bool, as_json: bool) -> None:
     """Check a store against its own records; exit 1 where anything is wrong."""
     from satdifuser.store.reader import open_store
     from satdifuser.store.verify import Findings, inspect_store
@@ -76,10 +89,12 @@ def verify(ctx: click.Context, store: Path, deep: bool, as_json: bool) -> None:
 @store_argument
 @click.option("--deep", is_flag=True, help="Read every byte to find damage, as `verify --deep` does.")
 @json_option
-def repair(store: Path, deep: bool, as_json: bool) -> None:
+def repair(store: Location, deep: bool, as_json: bool) -> None:
     """Drop a store's damaged shards, so that its `satdifuser extract` command redoes just those."""
     from satdifuser.store.repair import repair as drop_damaged
 
+    if not isinstance(store, Path) or is_remote(store):
+        raise SettingsError(f"{store}: only a store in a local folder can be repaired; put it there anew")
     found = drop_damaged(store, deep)
     missing = sorted([*found.missing, *found.damaged])
     if as_json:
@@ -101,7 +116,7 @@ def _report(deep: bool, found: Findings, problems: list[str]) -> str:
 
 @store.command()
 @store_argument
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The copy's folder.")
+@click.option("-o", "--out", type=StorePlace(), required=True, help="The copy's folder or address.")
 @click.option("--splits", help="Only tiles of these splits, e.g. train,val.")
 @click.option("--tiles", default="*", show_default=True, help="Only tiles whose id matches this pattern.")
 @click.option("--timesteps", help="Only these timesteps, e.g. 21,61.")
@@ -109,8 +124,8 @@ def _report(deep: bool, found: Findings, problems: list[str]) -> str:
 @click.option("--encoding", type=click.Choice(get_args(Encoding)), help="Another encoding.")
 @overwrite_option
 def copy(
-    store: Path,
-    out: Path,
+    store: Location,
+    out: Location,
     splits: str | None,
     tiles: str,
     timesteps: str | None,
@@ -121,8 +136,17 @@ def copy(
     """Copy a store or a part of it, or go on with a copy that was interrupted."""
     from satdifuser.store.copy import copy_store
     from satdifuser.store.reader import open_store
+    from satdifuser.store.remote import upload
 
     opened = open_store(store)
+    if isinstance(out, str):
+        if splits or timesteps or encoding or (tiles, layers) != ("*", "*") or opened.folder != opened.path:
+            raise SettingsError(
+                f"-o {out}: only a whole local store goes to an address; copy to a folder first"
+            )
+        upload(opened, out, overwrite)
+        click.echo(open_store(out))
+        return
     steps = whole_numbers("--timesteps", timesteps) if timesteps else None
     settings = StoreSettings(encoding=encoding or opened.attributes.encoding)
     chosen = splits.split(",") if splits else []
@@ -138,11 +162,11 @@ def whole_numbers(option: str, text: str) -> list[int]:
 
 
 @store.command()
-@click.argument("first", type=click.Path(path_type=Path))
-@click.argument("second", type=click.Path(path_type=Path))
+@click.argument("first", type=StorePlace())
+@click.argument("second", type=StorePlace())
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The new store's folder.")
 @overwrite_option
-def merge(first: Path, second: Path, out: Path, overwrite: bool) -> None:
+def merge(first: Location, second: Location, out: Path, overwrite: bool) -> None:
     """Join two stores of the same features; tiles that both hold must be identical."""
     from satdifuser.store.copy import merge_stores
     from satdifuser.store.reader import open_store

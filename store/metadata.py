@@ -21,6 +21,7 @@ from satdifuser.store.schema import ATTRIBUTE_KEY, FORMAT_VERSION, Attributes
 ROOT = "zarr.json"
 SEAL_KEY = "sha256"
 BLANK = "0" * 64
+MAX_METADATA_BYTES = 16 * 1024 * 1024  # of one zarr.json
 REPLACE = "copy the store anew, or extract it again with --overwrite"
 
 

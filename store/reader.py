@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from satdifuser.errors import SettingsError, StoreError, suggest
 from satdifuser.store.encoding import FORMS, Floats, content_digest, decode
 from satdifuser.store.layout import SPLITS, TEXT_FIELDS, target_array
+from satdifuser.store.location import Location, location
 from satdifuser.store.metadata import is_store
 from satdifuser.store.schema import Hashes, group_layers, labels_hash
 from satdifuser.store.sharded_array import Indices, OpenFiles, ShardedArray
@@ -60,12 +61,12 @@ def open_store(path: str | Path) -> FeatureStore:
     """Open a feature store for reading.
 
     Args:
-        path: Its folder.
+        path: Its folder or .zip file, or its address: ``s3://…``, ``gs://…``, ``https://…``.
 
     Raises:
         StoreError: there is no store, or one of a newer format, or its metadata is damaged.
     """
-    return FeatureStore(Path(path))
+    return FeatureStore(location(str(path)))
 
 
 class FeatureStore(ShardedStore):
@@ -75,7 +76,7 @@ class FeatureStore(ShardedStore):
     is missing or damaged raises StoreError.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         super().__init__(path)
         self.groups = group_layers(self.attributes.layers)
 
@@ -345,7 +346,7 @@ class FeatureStore(ShardedStore):
             for name in ("values", *form.per_channel):
                 key = f"features/{group}/{name}"
                 compressed = form.compressed and name == "values"
-                found[group][name] = ShardedArray(self.path, key, self._array(key), compressed, files)
+                found[group][name] = ShardedArray(self, key, self._array(key), compressed, files)
         return found
 
     def stored_bytes_per_tile(self, selection: Selection | None = None) -> int:
@@ -407,7 +408,10 @@ class FeatureStore(ShardedStore):
 
         self.require_complete()
         n = self.attributes.tiles_per_shard
-        return xr.open_datatree(self.path, engine="zarr", consolidated=False, chunks={"tile": n})
+        if self._mirror:
+            for key in self.recorded_files():
+                self.locate(key)
+        return xr.open_datatree(self.folder, engine="zarr", consolidated=False, chunks={"tile": n})
 
     def _text(self, name: str) -> Any:
         return self.table(f"tiles/{name}")

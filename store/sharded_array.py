@@ -8,15 +8,17 @@ from __future__ import annotations
 import resource
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from satdifuser.errors import StoreError
 from satdifuser.store.shard_file import Bytes, Checksums, DamagedShardError, ShardFile
+
+if TYPE_CHECKING:
+    from satdifuser.store.shards import ShardedStore
 
 Indices = NDArray[np.intp]
 SHARE_OF_DESCRIPTORS = 4  # open at most this part of the files a process may have open
@@ -47,14 +49,14 @@ class ShardedArray:
     """An array (tile, timestep, layer, …) whose shards hold some tiles and one timestep each.
 
     Args:
-        store: The store's folder.
+        store: The store.
         key: The array's path in it.
         array: The same as a Zarr array, for its shape, chunks and dtype.
         compressed: Whether chunks are compressed.
         files: The store's open files.
     """
 
-    def __init__(self, store: Path, key: str, array: Any, compressed: bool, files: OpenFiles) -> None:
+    def __init__(self, store: ShardedStore, key: str, array: Any, compressed: bool, files: OpenFiles) -> None:
         self.store, self.key, self.compressed, self.files = store, key, compressed, files
         self.dtype: np.dtype[Any] = array.dtype
         self.shape: tuple[int, ...] = array.shape
@@ -119,18 +121,16 @@ class ShardedArray:
             for start, stop in stretches:
                 file.read(first + layers[start], list(out[start:stop]), room)
         except (DamagedShardError, OSError, RuntimeError) as error:  # blosc raises RuntimeError
+            tile, path = shard * self.tiles_per_shard + place, self.store.path
             raise StoreError(
-                f"{self.store}: {self.key}, tile {shard * self.tiles_per_shard + place}: cannot be read "
-                f"({error}); `satdifuser store verify --deep {self.store}` names the damaged files and how "
-                "to mend it"
+                f"{path}: {self.key}, tile {tile}: cannot be read ({error}); `satdifuser store verify --deep "
+                f"{path}` names the damaged files and how to mend it"
             ) from error
-
-    def _path(self, shard: int, step: int) -> Path:
-        return self.store / f"{self.key}/c/{shard}/{step}/{self.last_key}"
 
     def _open(self, shard: int, step: int) -> ShardFile:
         places = self.tiles_per_shard * self.chunks_per_tile
-        return ShardFile(self._path(shard, step), places, self.chunk_bytes, self.compressed)
+        path = self.store.locate(f"{self.key}/c/{shard}/{step}/{self.last_key}")
+        return ShardFile(path, places, self.chunk_bytes, self.compressed)
 
     def _read_whole(
         self, file: ShardFile, first: int, layers: Sequence[int], out: Bytes, room: Checksums

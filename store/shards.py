@@ -7,7 +7,7 @@ Zarr reads a file that is not there as fill values, without an error; so every r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import numpy as np
 import zarr
 
 from satdifuser.errors import StoreError
+from satdifuser.store.location import Location, is_remote
 from satdifuser.store.metadata import read_attributes
+from satdifuser.store.remote import Mirror
 from satdifuser.store.sharded_array import Indices
 
 WORTHWHILE_GAP = 3  # tiles read in vain rather than with another request
@@ -26,16 +28,25 @@ DAMAGE = (ValueError, RuntimeError, OSError)  # what Zarr raises where a checksu
 class ShardedStore:
     """A store on disk as its commit records describe it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.path = path
-        self.attributes = read_attributes(path)
-        self._root = zarr.open_group(path, mode="r")
+        self._mirror = Mirror(path) if is_remote(path) else None
+        self.folder = self._mirror.folder if self._mirror else Path(path)
+        self.attributes = read_attributes(self.folder)
+        self._root = zarr.open_group(self.folder, mode="r")
+
+    def locate(self, key: str) -> Path:
+        """The local file of a committed key; that of a remote store is fetched first."""
+        return self._mirror.fetch(key, *self.recorded_files()[key]) if self._mirror else self.folder / key
 
     # --- completeness
 
     @cached_property
     def commits(self) -> list[dict[str, Any]]:
         """Commit records by shard; an empty one where the shard is missing."""
+        if self._mirror:
+            keys = [f"commits/c/{shard}" for shard in range(self.attributes.shards)]
+            self._mirror.fetch_all(keys, self._mirror.fetch)
         return [self.commit(shard) for shard in range(self.attributes.shards)]
 
     def commit(self, shard: int) -> dict[str, Any]:
@@ -59,19 +70,39 @@ class ShardedStore:
 
     @cached_property
     def file_problems(self) -> dict[int, list[str]]:
-        """Committed files that are missing or of another size, by shard; shards without problems left out."""
-        found = {shard: self._file_problems(record) for shard, record in enumerate(self.commits)}
-        return {shard: problems for shard, problems in found.items() if problems}
+        """Committed files that are missing or of another size, by shard; shards without problems left out.
 
-    def _file_problems(self, record: dict[str, Any]) -> list[str]:
-        problems = []
-        for key, (size, _) in sorted(record.get("files", {}).items()):
-            path = self.path / key
-            if not path.is_file():
-                problems.append(f"{key} is missing")
-            elif path.stat().st_size != size:
-                problems.append(f"{key} has {path.stat().st_size} bytes, committed were {size}")
-        return problems
+        Those of a remote store are looked at when they are fetched, and by `check_files`.
+        """
+        return {} if self._mirror else self._compare_sizes(self._local_size)
+
+    def check_files(self) -> dict[int, list[str]]:
+        """The same, with a remote store's files too, where they can be listed."""
+        sizes = self._mirror.place.sizes() if self._mirror else None
+        return self.file_problems if sizes is None else self._compare_sizes(sizes.get)
+
+    def _compare_sizes(self, size_of: Callable[[str], int | None]) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        for shard, record in enumerate(self.commits):
+            for key, (size, _) in sorted(record.get("files", {}).items()):
+                there = size_of(key)
+                if there is None:
+                    found.setdefault(shard, []).append(f"{key} is missing")
+                elif there != size:
+                    found.setdefault(shard, []).append(f"{key} has {there} bytes, committed were {size}")
+        return found
+
+    def _local_size(self, key: str) -> int | None:
+        path = self.folder / key
+        return path.stat().st_size if path.is_file() else None
+
+    def recorded_files(self) -> dict[str, tuple[int, str]]:
+        """Size in bytes and SHA-256 of all committed files."""
+        return self._recorded
+
+    @cached_property
+    def _recorded(self) -> dict[str, tuple[int, str]]:
+        return {key: (size, sha) for c in self.commits for key, (size, sha) in c.get("files", {}).items()}
 
     def require_complete(self) -> None:
         """Raise StoreError unless every shard is committed and its files are there."""
@@ -132,6 +163,8 @@ class ShardedStore:
         return out
 
     def _slice(self, name: str, start: int, stop: int) -> Any:
+        if self._mirror:
+            self._fetch_chunks(name, start, stop)
         try:
             return self._array(name)[start:stop]
         except DAMAGE as error:
@@ -139,6 +172,14 @@ class ShardedStore:
                 f"{self.path}: {name}, tiles {start} to {stop - 1}: cannot be read ({error}); "
                 f"`satdifuser store verify --deep {self.path}` names the damaged files and how to mend them"
             ) from error
+
+    def _fetch_chunks(self, name: str, start: int, stop: int) -> None:
+        per_shard = self.attributes.tiles_per_shard
+        for shard in range(start // per_shard, -(-stop // per_shard)):
+            chunk = f"{name}/c/{shard}"
+            for key in self.commits[shard].get("files", {}):
+                if key == chunk or key.startswith(f"{chunk}/"):
+                    self.locate(key)
 
     def _array(self, name: str) -> Any:
         try:

@@ -63,8 +63,8 @@ def inspect_store(store: FeatureStore, deep: bool = False) -> Findings:
     readable.commits = records  # a damaged record hides no other shard
     missing = [shard for shard in readable.missing_shards() if shard not in damaged]
     damaged |= dict(_check_shards(readable, deep))
-    orphans = sorted(store.path.rglob(f"*{PARTIAL_SUFFIX}"))
-    return Findings(missing, damaged, [str(path.relative_to(store.path)) for path in orphans])
+    orphans = sorted(store.folder.rglob(f"*{PARTIAL_SUFFIX}"))
+    return Findings(missing, damaged, [str(path.relative_to(store.folder)) for path in orphans])
 
 
 def _read_commit(store: FeatureStore, shard: int) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _read_commit(store: FeatureStore, shard: int) -> dict[str, Any]:
 def _check_shards(store: FeatureStore, deep: bool) -> Iterator[tuple[int, list[str]]]:
     """What is wrong with each committed shard; shards without problems left out."""
     committed = [shard for shard, record in enumerate(store.commits) if record]
-    problems = store.file_problems  # looked up before there are several threads
+    problems = store.check_files()  # looked up before there are several threads
 
     def check(shard: int) -> list[str]:
         return problems.get(shard) or (_wrong_bytes(store, shard) if deep else [])
@@ -106,7 +106,7 @@ def _altered_files(store: FeatureStore, shard: int) -> list[str]:
     return [
         f"{key} was altered after it was committed (SHA-256 differs)"
         for key, (_, digest) in sorted(store.commits[shard]["files"].items())
-        if file_digest(store.path / key) != digest
+        if file_digest(store.locate(key)) != digest
     ]
 
 
