@@ -56,6 +56,19 @@ def read_attributes(path: Path) -> Attributes:
         raise StoreError(f"{path}: its attributes are damaged: {places}; {REPLACE}") from error
 
 
+def require_current(path: Path, attributes: Attributes) -> None:
+    """Refuse to write to a store of an older format.
+
+    Raises:
+        StoreError: the store is of another format than this software writes.
+    """
+    if attributes.format_version != FORMAT_VERSION:
+        raise StoreError(
+            f"{path}: is of format {attributes.format_version}, which this software reads but does not change "
+            f"(it writes {FORMAT_VERSION}); bring it to the new one with `satdifuser store copy {path} -o NEW`"
+        )
+
+
 def seal(path: Path) -> None:
     """Record the SHA-256 of every zarr.json of a store in its root's attributes; the last act of creation."""
     document = json.loads((path / ROOT).read_bytes())

@@ -12,7 +12,7 @@ from pathlib import Path
 from satdifuser.errors import StoreError
 from satdifuser.store.files import remove_orphans, sync_folder, write_error
 from satdifuser.store.lock import StoreLock
-from satdifuser.store.metadata import ROOT
+from satdifuser.store.metadata import ROOT, require_current
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.verify import Findings, inspect_store
 
@@ -38,6 +38,7 @@ def repair(path: Path, deep: bool = False) -> Findings:
     except StoreError as error:
         raise StoreError(f"{error}; repair mends shards only, and changed nothing") from error
     try:
+        require_current(path, store.attributes)
         with StoreLock(path):
             findings = inspect_store(store, deep)
             _drop(path, sorted(findings.damaged))

@@ -35,7 +35,7 @@ from satdifuser.store.files import (
 )
 from satdifuser.store.layout import ROW_TEXT_FIELDS, SPLITS, create_arrays, target_array
 from satdifuser.store.lock import StoreLock
-from satdifuser.store.metadata import is_store, seal
+from satdifuser.store.metadata import is_store, require_current, seal
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import ATTRIBUTE_KEY, Attributes, differing_fields
 from satdifuser.store.shard_file import pack_shard
@@ -163,6 +163,7 @@ class StoreWriter:
     def __init__(self, path: Path, lock: StoreLock) -> None:
         self._lock = lock
         self._store = FeatureStore(path)
+        require_current(path, self._store.attributes)
         remove_orphans(path)
         self._files = DurableStore(path)
         self._root = zarr.open_group(self._files, mode="r+")

@@ -322,6 +322,18 @@ def test_plain_zarr_and_xarray_decode_by_the_formula(any_store: FeatureStore) ->
     assert lazy["features/stride_08/values"].chunks[0] == (2, 2, 1)
 
 
+def test_tensorstore_decodes_by_the_formula(any_store: FeatureStore) -> None:
+    tensorstore = pytest.importorskip("tensorstore", reason="needs tensorstore")
+    maps = any_store.maps(np.arange(TILES))
+    for name in any_store.groups:
+        group = {}
+        for array in any_store.array_names():
+            path = any_store.folder / f"features/{name}/{array}"
+            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
+            group[array] = tensorstore.open(spec, open=True).result().read().result()
+        np.testing.assert_array_equal(formula(group), maps[name])
+
+
 def test_the_store_imports_no_torch() -> None:
     names = ["encoding", "files", "layout", "metadata", "reader", "schema", "settings", "shard_file"]
     names += ["sharded_array", "shards", "summary", "verify", "writer"]

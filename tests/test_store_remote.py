@@ -25,7 +25,7 @@ from satdifuser.store.reader import FeatureStore, open_store
 from satdifuser.store.schema import LayerInfo
 from satdifuser.store.verify import verify
 
-moto_server = pytest.importorskip("moto.server", reason="needs moto[server]")
+moto_server = pytest.importorskip("moto.server", reason="needs moto, flask, flask-cors")
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 LAYERS = [LayerInfo(name=f"up.{i}.attn1", channels=3, stride=4, height=4, width=4) for i in range(2)]
