@@ -64,8 +64,8 @@ def require_current(path: Path, attributes: Attributes) -> None:
     """
     if attributes.format_version != FORMAT_VERSION:
         raise StoreError(
-            f"{path}: is of format {attributes.format_version}, which this software reads but does not change "
-            f"(it writes {FORMAT_VERSION}); bring it to the new one with `satdifuser store copy {path} -o NEW`"
+            f"{path}: is of format {attributes.format_version}, which this software reads but does not "
+            f"change (it writes {FORMAT_VERSION}); bring it to that with `satdifuser store copy {path} -o NEW`"
         )
 
 
