@@ -65,7 +65,7 @@ def require_current(path: Path, attributes: Attributes) -> None:
     if attributes.format_version != FORMAT_VERSION:
         raise StoreError(
             f"{path}: is of format {attributes.format_version}, which this software reads but does not "
-            f"change (it writes {FORMAT_VERSION}); bring it to that with `satdifuser store copy {path} -o NEW`"
+            f"change (it writes {FORMAT_VERSION}); bring it there: `satdifuser store copy {path} -o NEW`"
         )
 
 
