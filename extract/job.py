@@ -35,6 +35,7 @@ from satdifuser.store.encoding import decode_formula
 from satdifuser.store.reader import FeatureStore, is_store
 from satdifuser.store.schema import (
     DEFAULT_PARTITION,
+    PARTITION_NAME,
     Attributes,
     Hashes,
     LayerInfo,
@@ -46,7 +47,6 @@ from satdifuser.store.schema import (
 from satdifuser.store.settings import StoreSettings
 
 CPU_BATCH, GPU_BATCH = 8, 32
-PARTITION_NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def partition_names(records: Sequence[TileRecord]) -> list[str]:
     """
     names = list(records[0].partitions) or [DEFAULT_PARTITION]
     for name in names:
-        if not PARTITION_NAME.fullmatch(name):
+        if not re.fullmatch(PARTITION_NAME, name):
             raise SourceError(
                 f"partition {name!r}: a store keeps each partition under its name, which must begin with a "
                 "letter or digit and hold letters, digits, '.', '_' and '-' only; rename the partition's file"

@@ -83,7 +83,11 @@ def _check_seal(path: Path, text: str, recorded: Any) -> None:
     own = recorded.get(ROOT) if isinstance(recorded, dict) else None
     if not isinstance(own, str) or _digest(text.replace(own, BLANK)) != own:
         raise _altered(path, ROOT)
+    real = path.resolve()
     for key, digest in recorded.items():
+        if not str(key).endswith(ROOT) or not (path / key).resolve().is_relative_to(real):
+            raise StoreError(f"{path}: its seal names {key!r}, which is outside of the store; do not use it")
+        _check_size(path / key)
         if not (path / key).is_file():
             raise StoreError(f"{path}: {key} is missing; {REPLACE}")
         if key != ROOT and file_digest(path / key) != digest:
@@ -98,16 +102,26 @@ def _altered(path: Path, key: str) -> StoreError:
     return StoreError(f"{path}: {key} was altered after the store was created (SHA-256 differs); {REPLACE}")
 
 
+def _check_size(file: Path) -> None:
+    """Refuse what would take long or much memory to read; what is not there is found later."""
+    if file.exists() and not (file.is_file() and file.stat().st_size <= MAX_METADATA_BYTES):
+        raise StoreError(
+            f"{file}: is no plain file of at most {MAX_METADATA_BYTES} bytes, as a store's metadata is; "
+            "do not use this store"
+        )
+
+
 def _read_root(path: Path) -> tuple[str, dict[str, Any]]:
     """The text of the root's zarr.json, and its attributes with ours among them."""
     if not path.exists():
         raise StoreError(f"{path}: no such store")
     try:
+        _check_size(path / ROOT)
         text = (path / ROOT).read_bytes().decode()
         document = json.loads(text)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(f"{path}: not a feature store (no {ROOT}); if it was one, copy it anew") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{path}: {ROOT} is damaged ({error}); copy the store anew") from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or ATTRIBUTE_KEY not in attributes:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from satdifuser.store.encoding import FORMS
 from satdifuser.store.settings import Encoding, Settings, StoreSettings
@@ -22,6 +22,12 @@ ATTRIBUTE_KEY = "satdifuser"
 DEFAULT_PARTITION = "default"
 MAX_TILES_PER_SHARD = 64
 MAX_SHARD_BYTES = 512 * 10**6
+# No store comes near these; one that claims more is hostile, and is refused before it costs memory.
+MAX_TILES, MAX_SHARDS, MAX_NAMES, MAX_SIDE, MAX_CHANNELS = 10**8, 10**6, 10**5, 2**16, 2**16
+Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
+PARTITION_NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
+PartitionName = Annotated[str, Field(pattern=f"^{PARTITION_NAME}$")]
+Channels = Annotated[int, Field(gt=0, le=MAX_CHANNELS)]
 
 
 class LayerInfo(Settings):
@@ -31,11 +37,11 @@ class LayerInfo(Settings):
     """
 
     name: str
-    channels: PositiveInt
-    stride: PositiveInt
-    height: PositiveInt
-    width: PositiveInt
-    pool: PositiveInt = 1
+    channels: Channels
+    stride: Side
+    height: Side
+    width: Side
+    pool: Side = 1
 
 
 class Hashes(Settings):
@@ -54,25 +60,32 @@ class Attributes(Settings):
     created: str
     software: dict[str, str]
     task: Literal["classification", "multilabel", "segmentation"] | None
-    classes: list[str]
-    ignore_value: int
+    classes: list[str] = Field(max_length=MAX_NAMES)
+    ignore_value: Annotated[int, Field(ge=0, le=255)]
     partition: str = DEFAULT_PARTITION
-    partitions: list[str] = Field(default=[DEFAULT_PARTITION], min_length=1)
-    tiles: PositiveInt
+    partitions: list[PartitionName] = Field(default=[DEFAULT_PARTITION], min_length=1, max_length=MAX_NAMES)
+    tiles: Annotated[int, Field(gt=0, le=MAX_TILES)]
     left_out: NonNegativeInt
-    tile_size: tuple[PositiveInt, PositiveInt]
+    tile_size: tuple[Side, Side]
     tiles_per_shard: PositiveInt
-    timesteps: list[int]
-    layers: list[LayerInfo]
+    timesteps: list[int] = Field(min_length=1, max_length=MAX_NAMES)
+    layers: list[LayerInfo] = Field(min_length=1, max_length=MAX_NAMES)
     encoding: Encoding
     decode: str
     previews: bool
-    latents: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None  # (C, h, w) where they are held
+    latents: tuple[Channels, Side, Side] | None = None  # (C, h, w) where they are held
     colour_statistics: list[str]
     backbone: dict[str, Any]
     feature_identity: dict[str, Any]
     planned: Hashes
     settings: dict[str, Any]
+
+    @model_validator(mode="after")
+    def check_shards(self) -> Attributes:
+        """Limit what is kept in memory for each shard."""
+        if self.shards > MAX_SHARDS:
+            raise ValueError(f"{self.shards} shards, expected at most {MAX_SHARDS}")
+        return self
 
     @property
     def shards(self) -> int:

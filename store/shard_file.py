@@ -26,6 +26,7 @@ ABSENT = np.iinfo(np.uint64).max  # both numbers of a chunk that is not there
 MAX_BUFFERS = 1024  # of one request; the least that POSIX systems allow in practice
 CACHED_BYTES = 1024 * 1024  # of one request: what stays in the cache until its checksum is taken
 BLOSC_LEVEL = 1
+BLOSC_OVERHEAD = 16  # bytes at most, and at least
 
 
 class DamagedShardError(ValueError):
@@ -154,9 +155,11 @@ class ShardFile:
             raise DamagedShardError(f"the checksum of a chunk at byte {offset} or after is wrong")
 
     def _read_compressed(self, offset: int, size: int, chunk: Bytes, room: Checksums) -> None:
+        if not BLOSC_OVERHEAD <= size - CHECKSUM_BYTES <= self.chunk_bytes + BLOSC_OVERHEAD:
+            raise DamagedShardError(f"the chunk at byte {offset} cannot be of {size} bytes")
         packed = np.empty(size - CHECKSUM_BYTES, np.uint8)
         self._read_raw(offset, [packed], room)
-        if len(packed) < 16 or int(packed[4:8].view("<u4")[0]) != self.chunk_bytes:
+        if int(packed[4:8].view("<u4")[0]) != self.chunk_bytes:
             raise DamagedShardError(
                 f"the chunk at byte {offset} does not inflate to {self.chunk_bytes} bytes"
             )

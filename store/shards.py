@@ -7,15 +7,18 @@ Zarr reads a file that is not there as fill values, without an error; so every r
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import zarr
+from zarr.storage import MemoryStore
 
 from satdifuser.errors import StoreError
+from satdifuser.store.layout import create_arrays
 from satdifuser.store.location import Location, is_remote
 from satdifuser.store.metadata import read_attributes
 from satdifuser.store.remote import Mirror
@@ -23,6 +26,7 @@ from satdifuser.store.sharded_array import Indices
 
 WORTHWHILE_GAP = 3  # tiles read in vain rather than with another request
 DAMAGE = (ValueError, RuntimeError, OSError)  # what Zarr raises where a checksum or a file is wrong
+DECLARED = ("shape", "chunk_grid", "data_type", "codecs")  # of an array
 
 
 class ShardedStore:
@@ -34,6 +38,8 @@ class ShardedStore:
         self.folder = self._mirror.folder if self._mirror else Path(path)
         self.attributes = read_attributes(self.folder)
         self._root = zarr.open_group(self.folder, mode="r")
+        self._real = os.path.realpath(self.folder)
+        self._opened: dict[str, Any] = {}
 
     def locate(self, key: str) -> Path:
         """The local file of a committed key; that of a remote store is fetched first."""
@@ -47,7 +53,10 @@ class ShardedStore:
         if self._mirror:
             keys = [f"commits/c/{shard}" for shard in range(self.attributes.shards)]
             self._mirror.fetch_all(keys, self._mirror.fetch)
-        return [self.commit(shard) for shard in range(self.attributes.shards)]
+        folder = self.folder / "commits/c"
+        there = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+        shards = range(self.attributes.shards)
+        return [self.commit(shard) if str(shard) in there else {} for shard in shards]
 
     def commit(self, shard: int) -> dict[str, Any]:
         """The commit record of one shard; empty where the shard is missing.
@@ -55,9 +64,11 @@ class ShardedStore:
         Raises:
             StoreError: the record is damaged.
         """
+        commits = self._array("commits")
         try:
-            text = str(self._array("commits")[shard])
+            text = str(commits[shard])
             record: dict[str, Any] = json.loads(text) if text else {}
+            _check_record(record)
         except DAMAGE as error:
             raise StoreError(
                 f"{self.path}: the commit record of shard {shard} is damaged ({error}); {self._redo()}"
@@ -93,8 +104,9 @@ class ShardedStore:
         return found
 
     def _local_size(self, key: str) -> int | None:
-        path = self.folder / key
-        return path.stat().st_size if path.is_file() else None
+        path = os.path.realpath(self.folder / key)
+        inside = path.startswith(self._real + os.sep)  # no link out of the store is followed
+        return Path(path).stat().st_size if inside and Path(path).is_file() else None
 
     def recorded_files(self) -> dict[str, tuple[int, str]]:
         """Size in bytes and SHA-256 of all committed files."""
@@ -165,8 +177,9 @@ class ShardedStore:
     def _slice(self, name: str, start: int, stop: int) -> Any:
         if self._mirror:
             self._fetch_chunks(name, start, stop)
+        array = self._array(name)
         try:
-            return self._array(name)[start:stop]
+            return array[start:stop]
         except DAMAGE as error:
             raise StoreError(
                 f"{self.path}: {name}, tiles {start} to {stop - 1}: cannot be read ({error}); "
@@ -182,14 +195,49 @@ class ShardedStore:
                     self.locate(key)
 
     def _array(self, name: str) -> Any:
+        if name not in self._opened:
+            self._opened[name] = self._checked_array(name)
+        return self._opened[name]
+
+    def _checked_array(self, name: str) -> Any:
+        """Open an array; one that is not what the attributes call for could cost any memory."""
         try:
-            return self._root[name]
+            array = self._root[name]
         except KeyError as error:
             writer = self.attributes.software.get("satdifuser")
             raise StoreError(
                 f"{self.path}: holds no array {name}; it was written by another satdifuser ({writer}): use "
                 "that one, or extract anew"
             ) from error
+        except DAMAGE as error:
+            raise StoreError(f"{self.path}: the metadata of {name} cannot be read ({error})") from error
+        found, expected = (getattr(a, "metadata", None) for a in (array, self._expected[name]))
+        wrong = [part for part in DECLARED if getattr(found, part, None) != getattr(expected, part)]
+        if wrong:
+            raise StoreError(
+                f"{self.path}: {name} has {wrong[0]} {getattr(found, wrong[0], None)}, but by the store's "
+                f"attributes {getattr(expected, wrong[0])}; do not use this store, or copy it anew"
+            )
+        return array
+
+    @cached_property
+    def _expected(self) -> zarr.Group:
+        """The same arrays as the attributes call for, empty and in memory."""
+        root = zarr.create_group(MemoryStore(), zarr_format=3)
+        create_arrays(root, self.attributes)
+        return root
+
+
+def _check_record(record: Any) -> None:
+    """Raise ValueError unless this is a commit record, or an empty one."""
+    files = record.get("files", {} if not record else None) if isinstance(record, dict) else None
+    if not isinstance(files, dict):
+        raise ValueError("it is no commit record")
+    for key, entry in files.items():
+        path = PurePosixPath(key)
+        plain = isinstance(entry, list) and [type(part) for part in entry] == [int, str] and entry[0] >= 0
+        if path.is_absolute() or ".." in path.parts or not plain:
+            raise ValueError(f"unexpected entry {key!r}")
 
 
 def _stretches(ascending: Indices, longest: int) -> Indices:
