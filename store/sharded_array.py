@@ -6,6 +6,7 @@ Legend: B tiles of a request, T timesteps, L layers of the group, … the rest o
 from __future__ import annotations
 
 import resource
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from threading import Lock
@@ -57,7 +58,8 @@ class ShardedArray:
     """
 
     def __init__(self, store: ShardedStore, key: str, array: Any, compressed: bool, files: OpenFiles) -> None:
-        self.store, self.key, self.compressed, self.files = store, key, compressed, files
+        self.store = weakref.proxy(store)  # which holds this array: in a circle files would stay open
+        self.key, self.compressed, self.files = key, compressed, files
         self.dtype: np.dtype[Any] = array.dtype
         self.shape: tuple[int, ...] = array.shape
         self.tiles_per_shard: int = array.shards[0]

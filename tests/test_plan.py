@@ -188,7 +188,7 @@ def test_the_trial_sends_real_tiles_and_writes_nothing(
 def test_a_slow_backbone_is_timed_on_one_batch(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "_seconds", lambda work, records, values: 50.0)
+    monkeypatch.setattr(trial, "_seconds", lambda work, source, records, values: 50.0)
     large = replace(job(folder), source_settings=SyntheticSettings(tiles=40, tile_size=16))
     timed = trial.time_batches(make_plan(large, tmp_path / "s.zarr"))
     assert (timed.tiles, timed.seconds_for(40)) == (2, 1000)

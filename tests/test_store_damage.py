@@ -342,7 +342,7 @@ def test_repair_deletes_nothing_beyond_the_store(copy: Path, tmp_path: Path) -> 
     (copy / VALUES).symlink_to(elsewhere)
     before = files_of(elsewhere)
     (copy / "tiles/path/c/0").unlink()
-    assert list(repair(copy).damaged) == [0]
+    assert list(repair(copy).damaged) == [0, 1]  # a link out of the store counts for nothing
     assert not (copy / "tiles/crs/c/0").exists()
     assert files_of(elsewhere) == before
 
