@@ -40,13 +40,18 @@ def store() -> None:
 
 @store.command()
 @store_argument
+@click.option("--card", is_flag=True, help="Print the store's card: licence, citation, how to open it.")
 @json_option
-def info(store: Location, as_json: bool) -> None:
+def info(store: Location, card: bool, as_json: bool) -> None:
     """Say what a store holds and how it was made."""
+    from satdifuser.store.card import store_card
     from satdifuser.store.reader import open_store
     from satdifuser.store.summary import describe_store, format_store
 
     opened = open_store(store)
+    if card:
+        click.echo(store_card(opened), nl=False)
+        return
     click.echo(json.dumps(describe_store(opened)) if as_json else format_store(opened))
 
 

@@ -20,6 +20,7 @@ from zarr.storage import LocalStore
 from satdifuser.errors import StoreError
 
 PARTIAL_SUFFIX = ".partial"
+CARD = "README.md"  # of a store, for people
 BUFFER_BYTES = 1024 * 1024
 ASIDE_SUFFIX = ".creating"  # beside a store: becoming one, or no longer one
 Part = bytes | memoryview

@@ -5,6 +5,7 @@ Legend: B tiles of a batch, N tiles, T timesteps, L layers of one group, C chann
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -411,7 +412,9 @@ class FeatureStore(ShardedStore):
         if self._mirror:
             for key in self.recorded_files():
                 self.locate(key)
-        return xr.open_datatree(self.folder, engine="zarr", consolidated=False, chunks={"tile": n})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Object at README.md")  # the store's card
+            return xr.open_datatree(self.folder, engine="zarr", consolidated=False, chunks={"tile": n})
 
     def _text(self, name: str) -> Any:
         return self.table(f"tiles/{name}")

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from satdifuser.errors import StoreError
-from satdifuser.store.files import PARTIAL_SUFFIX, file_digest
+from satdifuser.store.files import CARD, PARTIAL_SUFFIX, file_digest
 from satdifuser.store.location import Location
 from satdifuser.store.metadata import MAX_METADATA_BYTES, ROOT, SEAL_KEY
 
@@ -295,6 +295,7 @@ def _put_files(store: FeatureStore, bucket: Bucket, there: dict[str, int]) -> No
     """Put all files but the root's: data, then commit records and metadata."""
     recorded = store.recorded_files()
     others = [path.relative_to(store.folder).as_posix() for path in store.folder.rglob("zarr.json")]
+    others += [CARD] if (store.folder / CARD).is_file() else []
     commits = [f"commits/c/{shard}" for shard in range(store.attributes.shards)]
     keys = [*recorded, *commits, *(key for key in others if key != ROOT)]
     todo = [key for key in keys if there.get(key) != (store.folder / key).stat().st_size]

@@ -24,6 +24,8 @@ class StoreSettings(Settings):
     tiles_per_shard: PositiveInt | Literal["auto"] = "auto"
     previews: bool = True
     latents: bool = True
+    license: str = ""
+    citation: str = ""
 
     def pool_of(self, stride: int) -> int:
         """Pixels a side of the windows that maps of a stride are averaged over before they are kept."""

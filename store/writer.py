@@ -22,8 +22,10 @@ import zarr
 from numpy.typing import NDArray
 
 from satdifuser.errors import StoreError
+from satdifuser.store.card import store_card
 from satdifuser.store.encoding import FORMS, Floats, tile_digests
 from satdifuser.store.files import (
+    CARD,
     DurableStore,
     aside_name,
     discard,
@@ -31,6 +33,7 @@ from satdifuser.store.files import (
     remove_aside,
     remove_orphans,
     sync_folder,
+    write_durably,
     write_error,
 )
 from satdifuser.store.layout import ROW_TEXT_FIELDS, SPLITS, create_arrays, target_array
@@ -161,7 +164,7 @@ class StoreWriter:
     """Fills a store; the only writer of its shards until it is closed, or a write has failed."""
 
     def __init__(self, path: Path, lock: StoreLock) -> None:
-        self._lock = lock
+        self._lock, self._path = lock, path
         self._store = FeatureStore(path)
         require_current(path, self._store.attributes)
         remove_orphans(path)
@@ -175,7 +178,19 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            if kind is None and not FeatureStore(self._path).missing_shards():
+                self._write_card()
+        finally:
+            self.close()
+
+    def _write_card(self) -> None:
+        """Describe the complete store to people; a card that is there, perhaps edited, stays."""
+        if not (self._path / CARD).exists():
+            try:
+                write_durably(self._path / CARD, store_card(FeatureStore(self._path)).encode())
+            except OSError as error:
+                raise write_error(self._path, error) from error
 
     def close(self) -> None:
         """Let others write to the store."""
