@@ -167,6 +167,34 @@ def whole_numbers(option: str, text: str) -> list[int]:
 
 
 @store.command()
+@store_argument
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="NAME.parquet or NAME.tif.")
+@click.option("--timesteps", help="Only these timesteps, e.g. 21,61; for a .tif one.")
+@click.option(
+    "--layers", default="*", show_default=True, help="Only layers that match one of these; for a .tif one."
+)
+@click.option("--splits", help="Only tiles of these splits, e.g. train,val; for a .parquet.")
+def export(store: Location, out: Path, timesteps: str | None, layers: str, splits: str | None) -> None:
+    """Write pooled features as GeoParquet, a row per tile, or one layer as a GeoTIFF."""
+    from satdifuser.store.export import export_layer, export_pooled
+    from satdifuser.store.reader import open_store
+
+    opened = open_store(store)
+    steps = whole_numbers("--timesteps", timesteps) if timesteps else opened.attributes.timesteps
+    if out.suffix == ".parquet":
+        export_pooled(opened, out, steps, layers.split(","), splits.split(",") if splits else [])
+    elif out.suffix in (".tif", ".tiff"):
+        if len(steps) > 1 or splits:
+            raise SettingsError(
+                f"-o {out}: a GeoTIFF takes one of --timesteps, one of --layers, and all tiles"
+            )
+        export_layer(opened, out, steps[0], layers)
+    else:
+        raise SettingsError(f"-o {out}: got the ending {out.suffix!r}, expected .parquet or .tif")
+    click.echo(out)
+
+
+@store.command()
 @click.argument("first", type=StorePlace())
 @click.argument("second", type=StorePlace())
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The new store's folder.")

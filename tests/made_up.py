@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def random_store(
     tiles: int,
     encoding: Encoding = "float32",
     first: int = 0,
+    row_of: Callable[[int], TileRow] | None = None,
     **fields: Any,
 ) -> FeatureStore:
     """A store of tiles ``t0`` … whose features depend on their number alone; the second was skipped."""
@@ -72,7 +73,7 @@ def random_store(
     with open_or_create(path, a, overwrite=False) as writer:
         for shard in range(a.shards):
             numbers = [first + tile for tile in range(*a.shard_range(shard))]
-            rows = [random_row(number) for number in numbers]
+            rows = [(row_of or random_row)(number) for number in numbers]
             kept = [number for number in numbers if number != SKIPPED]
             batches = [random_features(number, layers, encoding) for number in kept]
             writer.write_shard(shard, rows, batches, {})
