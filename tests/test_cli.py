@@ -17,12 +17,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner, Result
+from command_line import call, succeed
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 
-from satdifuser.cli import cli
 from satdifuser.fuse.train import Training
 from satdifuser.store.reader import open_store
 from satdifuser.store.writer import StoreWriter
@@ -95,19 +94,6 @@ def store(config: Path) -> Path:
 def fitted(config: Path, store: Path) -> Path:
     succeed("fit", store, "-c", config, "-o", config.parent / "runs")
     return config.parent / "runs/global-seed0"
-
-
-def call(*words: object) -> Result:
-    result = CliRunner().invoke(cli, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def succeed(*words: object) -> str:
-    result = call(*words)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def succeed_json(*words: object) -> Any:

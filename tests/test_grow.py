@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner, Result
+from command_line import call, refuse, succeed
 from made_up import diffusionsat, image_folder
 
-from satdifuser.cli import cli
 from satdifuser.extract import grow_shards
 from satdifuser.store.reader import FeatureStore, open_store
 from satdifuser.store.verify import verify
@@ -53,25 +52,6 @@ def make(backbone: Path, tmp_path: Path) -> Callable[..., FeatureStore]:
         return open_store(tmp_path / name)
 
     return extract
-
-
-def call(*words: object) -> Result:
-    result = CliRunner().invoke(cli, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def succeed(*words: object) -> str:
-    result = call(*words)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def refuse(*words: object) -> str:
-    result = call(*words)
-    assert (result.exit_code != 0, result.stdout) == (True, "")
-    return result.stderr
 
 
 def assert_same(grown: FeatureStore, fresh: FeatureStore) -> None:

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner, Result
+from command_line import call
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up import diffusionsat
 from PIL import Image
 
 import satdifuser.extract.trial as trial
-from satdifuser.cli import cli
 from satdifuser.extract.job import Job
 from satdifuser.extract.plan import ENCODINGS, format_bytes, make_plan, with_margin
 from satdifuser.extract.run import compute_shard, load_work
@@ -56,13 +55,6 @@ def store(config: Path) -> Path:
     path = config.parent / "s.zarr"
     assert call("extract", "-c", config, "-o", path).exit_code == 0
     return path
-
-
-def call(*words: object) -> Result:
-    result = CliRunner().invoke(cli, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def plan(*words: object) -> dict[str, Any]:

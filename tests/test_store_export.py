@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import rasterio
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command_line import call
 from made_up import random_row, random_store
 from rasterio.crs import CRS
 
-from satdifuser.cli import cli
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import LayerInfo
 from satdifuser.store.writer import TileRow
@@ -48,10 +48,7 @@ def make(folder: Path, **how: object) -> FeatureStore:
 
 
 def export(store: FeatureStore, out: Path, *words: object) -> Result:
-    result = CliRunner().invoke(cli, ["store", "export", str(store.path), "-o", str(out), *map(str, words)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return call("store", "export", store.path, "-o", out, *words)
 
 
 def corners(wkb: bytes) -> list[tuple[float, ...]]:

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command_line import call, refuse, succeed
 from made_up import random_store
 
-from satdifuser.cli import cli
 from satdifuser.errors import StoreError
 from satdifuser.store import remote
 from satdifuser.store.reader import FeatureStore, open_store
@@ -114,25 +113,6 @@ def proxy(s3: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 @pytest.fixture
 def local(tmp_path: Path) -> FeatureStore:
     return random_store(tmp_path / "local.zarr", LAYERS, TILES, "int8")
-
-
-def call(*words: object) -> Result:
-    result = CliRunner().invoke(cli, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def succeed(*words: object) -> str:
-    result = call(*words)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def refuse(*words: object) -> str:
-    result = call(*words)
-    assert result.exit_code != 0, result.output
-    return result.stderr
 
 
 def assert_same_batches(one: FeatureStore, other: FeatureStore) -> None:
