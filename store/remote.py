@@ -152,6 +152,8 @@ def cache_folder(address: Location) -> Path:
     if isinstance(address, Path):
         return root / "zip" / address.resolve().relative_to("/")
     parts = urlsplit(address)
+    if ".." in address.split("/"):
+        raise StoreError(f"{address}: got '..' in an address, expected the plain one")
     endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL", "")).netloc if parts.scheme == "s3" else ""
     return root / parts.scheme / endpoint / parts.netloc / parts.path.strip("/")
 

@@ -216,6 +216,7 @@ def test_no_store_there(proxy: Proxy, tmp_path: Path) -> None:
     )
     remote.Bucket("s3://bucket/text").write("zarr.json", b"[1]")
     assert "not a feature store" in refuse("store", "info", "s3://bucket/text")
+    assert "got '..' in an address" in refuse("store", "info", "s3://bucket/../../x.zarr")
 
 
 def test_an_interrupted_upload_is_no_store_and_goes_on(
