@@ -225,6 +225,8 @@ def compare(
 ) -> None:
     """Time all ways in turn; print tiles per second and the median ratio to the first."""
     random, seconds = np.random.default_rng(1), {name: [] for name in ways}
+    if not cold:
+        warm(folder)
     for turn in range(args.turns + 1):
         rows = random.permutation(args.tiles)[:BATCH]
         for name, read in ways.items():
@@ -240,6 +242,14 @@ def compare(
         ratio = median(a / b for a, b in zip(first, taken, strict=True))
         speed = BATCH / median(taken)
         print(f"  {name:22} {speed:9.0f} tiles/s  {speed * tile_bytes / 1e6:8.0f} MB/s  {ratio:5.2f}")
+
+
+def warm(folder: Path) -> None:
+    """Fill the page cache with all files of a folder."""
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            while file.read(2**24):
+                pass
 
 
 def forget(folder: Path) -> None:

@@ -6,7 +6,8 @@ Legend: B tiles of a batch, N tiles, T timesteps, L layers of one group, C chann
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -22,7 +23,7 @@ from satdifuser.store.layout import SPLITS, TEXT_FIELDS, target_array
 from satdifuser.store.location import Location, location
 from satdifuser.store.metadata import is_store
 from satdifuser.store.schema import Hashes, group_layers, labels_hash
-from satdifuser.store.sharded_array import Indices, OpenFiles, ShardedArray
+from satdifuser.store.sharded_array import Indices, OpenFiles, Request, ShardedArray
 from satdifuser.store.shards import ShardedStore
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ class Batch:
     indices: Indices  # rows in the store
 
 
+READERS = 2  # threads of one request
+SMALL_TILE_BYTES = 2**20  # up to here a second thread waits for Python's lock most of the time
+PART_BYTES = 2**26  # that a thread asks the disk for at once
 Stored = dict[str, dict[str, NDArray[Any]]]
 """Group name to array name (values; scale, offset) to (B, T, L, …), as kept."""
 
@@ -56,6 +60,26 @@ class Selection:
 
     steps: tuple[int, ...]
     layers: Mapping[str, tuple[int, ...]]
+
+
+def read_in_parts(read: Callable[[slice], None], tiles: int, tile_bytes: int) -> None:
+    """Call a function for parts of a request, in several threads where tiles are large.
+
+    Args:
+        read: Reads some of the tiles.
+        tiles: How many there are.
+        tile_bytes: Of each.
+    """
+    threads = READERS if tile_bytes > SMALL_TILE_BYTES else 1
+    size = max(1, min(-(-tiles // threads), PART_BYTES // max(1, tile_bytes)))
+    parts = [slice(start, start + size) for start in range(0, tiles, size)]
+    if threads == 1:
+        for part in parts:
+            read(part)
+        return
+    with ThreadPoolExecutor(threads) as pool:  # made anew, since a forked process has none of our threads
+        for done in [pool.submit(read, part) for part in parts]:
+            done.result()
 
 
 def open_store(path: str | Path) -> FeatureStore:
@@ -310,13 +334,29 @@ class FeatureStore(ShardedStore):
         """
         chosen = selection or self.selection()
         self.require_shards((rows // self.attributes.tiles_per_shard).tolist())
-        return {
-            group: {
-                name: array.read(rows, chosen.steps, layers, into[group][name] if into else None)
-                for name, array in self._arrays[group].items()
-            }
+        steps, per_tile = chosen.steps, self.stored_bytes_per_tile(chosen)
+        wanted = [
+            (group, name, array, layers)
             for group, layers in chosen.layers.items()
-        }
+            for name, array in self._arrays[group].items()
+        ]
+        found: Stored = {group: {} for group in chosen.layers}
+        for group, name, array, layers in wanted:
+            shape = array.shape_of(len(rows), steps, layers)
+            found[group][name] = into[group][name][: len(rows)] if into else np.empty(shape, array.dtype)
+
+        def read(part: slice) -> None:
+            requests = [
+                Request(array, rows[part], steps, layers, found[group][name][part])
+                for group, name, array, layers in wanted
+            ]
+            for request in requests:
+                request.begin()
+            for request in requests:
+                request.finish()
+
+        read_in_parts(read, len(rows), per_tile)
+        return found
 
     def selection(
         self, timesteps: Sequence[int] | None = None, layers: str | Sequence[str] = "*"

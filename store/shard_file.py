@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
+from awscrt.checksums import crc32c  # twice as fast as the one that zarr-python uses
 from numcodecs import blosc
 from numpy.typing import NDArray
 
@@ -25,8 +25,13 @@ ENTRY_BYTES = 16  # offset and size of a chunk, uint64 each
 ABSENT = np.iinfo(np.uint64).max  # both numbers of a chunk that is not there
 MAX_BUFFERS = 1024  # of one request; the least that POSIX systems allow in practice
 CACHED_BYTES = 1024 * 1024  # of one request: what stays in the cache until its checksum is taken
+WITHOUT_WAITING: int = getattr(os, "RWF_NOWAIT", 0)  # on Linux; elsewhere every read waits
 BLOSC_LEVEL = 1
 BLOSC_OVERHEAD = 16  # bytes at most, and at least
+
+
+class NotInMemoryError(Exception):
+    """What was asked for without waiting must be waited for."""
 
 
 class DamagedShardError(ValueError):
@@ -65,7 +70,7 @@ def compress(chunk: Bytes, itemsize: int) -> bytes:
 
 
 def _checksum(data: bytes | Bytes) -> bytes:
-    return struct.pack("<I", google_crc32c.value(data))
+    return struct.pack("<I", crc32c(data))
 
 
 class Checksums:
@@ -121,51 +126,73 @@ class ShardFile:
         offsets, sizes = np.where(present[:, None], index, 0).T
         return offsets.tolist(), sizes.tolist()
 
-    def read(self, first: int, chunks: list[Bytes], room: Checksums) -> None:
+    def read(self, first: int, chunks: list[Bytes], room: Checksums, wait: bool = True) -> bool:
         """Read successive chunks, and check each.
 
         Args:
             first: Number of the first chunk.
             chunks: Where each goes: (chunk_bytes,) uint8.
             room: For the checksums of as many chunks or more.
+            wait: Whether to wait for the disk; if not, and they are not all in memory, let it begin.
+
+        Returns:
+            Whether they were read.
 
         Raises:
             DamagedShardError: a chunk is absent, or differs from its checksum, or the file ends early.
         """
+        try:
+            self._read_chunks(first, chunks, room, 0 if wait else WITHOUT_WAITING)
+        except NotInMemoryError:
+            self._announce(first, len(chunks))
+            return False
+        return True
+
+    def _announce(self, first: int, count: int) -> None:
+        """Let the system begin to fetch successive chunks."""
+        start, last = self._offsets[first], first + count - 1
+        length = self._offsets[last] + self._sizes[last] - start
+        os.posix_fadvise(self._descriptor, start, max(0, length), os.POSIX_FADV_WILLNEED)
+
+    def _read_chunks(self, first: int, chunks: list[Bytes], room: Checksums, flags: int) -> None:
         if first + len(chunks) <= self._ordered:  # as this package writes them
             for start in range(0, len(chunks), self._per_request):
-                self._read_raw(self._offsets[first + start], chunks[start : start + self._per_request], room)
+                part = chunks[start : start + self._per_request]
+                self._read_raw(self._offsets[first + start], part, room, flags)
             return
         for number, chunk in enumerate(chunks, first):
             if not self._sizes[number]:
                 raise DamagedShardError(f"chunk {number} is absent")
             if self.compressed:
-                self._read_compressed(self._offsets[number], self._sizes[number], chunk, room)
+                self._read_compressed(self._offsets[number], self._sizes[number], chunk, room, flags)
             else:
-                self._read_raw(self._offsets[number], [chunk], room)
+                self._read_raw(self._offsets[number], [chunk], room, flags)
 
-    def _read_raw(self, offset: int, chunks: list[Bytes], room: Checksums) -> None:
+    def _read_raw(self, offset: int, chunks: list[Bytes], room: Checksums, flags: int) -> None:
         """Read chunks of one size that follow one another in the file."""
         count = len(chunks)
         buffers: list[Any] = [None] * (2 * count)
         buffers[::2], buffers[1::2] = chunks, room.parts[:count]
-        self._fill(offset, buffers, count * (len(chunks[0]) + CHECKSUM_BYTES))
+        self._fill(offset, buffers, count * (len(chunks[0]) + CHECKSUM_BYTES), flags)
         recorded = room.recorded[:count].view("<u4")[:, 0].tolist()
-        if [google_crc32c.value(chunk) for chunk in chunks] != recorded:
+        if [crc32c(chunk) for chunk in chunks] != recorded:
             raise DamagedShardError(f"the checksum of a chunk at byte {offset} or after is wrong")
 
-    def _read_compressed(self, offset: int, size: int, chunk: Bytes, room: Checksums) -> None:
+    def _read_compressed(self, offset: int, size: int, chunk: Bytes, room: Checksums, flags: int) -> None:
         if not BLOSC_OVERHEAD <= size - CHECKSUM_BYTES <= self.chunk_bytes + BLOSC_OVERHEAD:
             raise DamagedShardError(f"the chunk at byte {offset} cannot be of {size} bytes")
         packed = np.empty(size - CHECKSUM_BYTES, np.uint8)
-        self._read_raw(offset, [packed], room)
+        self._read_raw(offset, [packed], room, flags)
         if int(packed[4:8].view("<u4")[0]) != self.chunk_bytes:
             raise DamagedShardError(
                 f"the chunk at byte {offset} does not inflate to {self.chunk_bytes} bytes"
             )
         blosc.decompress(packed, chunk)
 
-    def _fill(self, offset: int, buffers: list[Any], wanted: int) -> None:
+    def _fill(self, offset: int, buffers: list[Any], wanted: int, flags: int) -> None:
+        if flags:
+            self._fill_at_once(offset, buffers, wanted, flags)
+            return
         got = os.preadv(self._descriptor, buffers, offset)
         while got < wanted:  # a signal, or more than one request may carry
             rest = _after(buffers, got)
@@ -173,6 +200,14 @@ class ShardFile:
             if not more:
                 raise DamagedShardError("it ends early")
             got += more
+
+    def _fill_at_once(self, offset: int, buffers: list[Any], wanted: int, flags: int) -> None:
+        try:
+            got = os.preadv(self._descriptor, buffers, offset, flags)
+        except OSError as error:  # EAGAIN, or a file system that cannot tell
+            raise NotInMemoryError from error
+        if got < wanted:
+            raise NotInMemoryError
 
 
 def _after(buffers: list[Any], done: int) -> list[Any]:

@@ -25,6 +25,7 @@ Indices = NDArray[np.intp]
 SHARE_OF_DESCRIPTORS = 4  # open at most this part of the files a process may have open
 MOST_DESCRIPTORS = 4096
 FileKey = tuple[str, int, int]  # array, shard, timestep
+Part = tuple[int, int, int, Bytes]  # shard, timestep, place in the shard, what to fill
 
 
 class OpenFiles:
@@ -69,81 +70,106 @@ class ShardedArray:
         self.bytes_per_layer = int(np.prod(self.shape[3:])) * self.dtype.itemsize
         self.last_key = "/".join("0" * (len(self.shape) - 2))
 
-    def read(
-        self,
-        rows: Indices,
-        steps: Sequence[int] | None = None,
-        layers: Sequence[int] | None = None,
-        out: NDArray[Any] | None = None,
-    ) -> NDArray[Any]:
-        """Read some tiles.
+    def shape_of(self, tiles: int, steps: Sequence[int], layers: Sequence[int]) -> tuple[int, ...]:
+        """The shape (B, T, L, …) of some tiles, timesteps and layers."""
+        return (tiles, len(steps), len(layers), *self.shape[3:])
 
-        Args:
-            rows: Which tiles, in the order wanted.
-            steps: Which timesteps, by position; None for all.
-            layers: Which layers of the group, by position; None for all.
-            out: An array to fill, at least B tiles long and else of the result's shape; None makes one.
-
-        Returns:
-            (B, T, L, …) of the stored dtype.
+    def file(self, shard: int, step: int) -> ShardFile:
+        """The open file of a shard and timestep.
 
         Raises:
-            StoreError: a file is damaged or cannot be read.
+            DamagedShardError: its index is damaged.
+            OSError: it cannot be read.
         """
-        steps = range(self.shape[1]) if steps is None else steps
-        layers = range(self.shape[2]) if layers is None else layers
-        shape = (len(rows), len(steps), len(layers), *self.shape[3:])
-        out = np.empty(shape, self.dtype) if out is None else out[: len(rows)]
-        if not len(rows):
-            return out
-        stretches, room = runs(layers), Checksums(max(1, len(layers)))
-        tiles = out.reshape(*shape[:3], -1).view(np.uint8)
-        shards, places = (part.tolist() for part in np.divmod(rows, self.tiles_per_shard))
-        for number, step in enumerate(steps):
-            for i in np.argsort(rows, kind="stable").tolist():
-                self._read_tile(shards[i], step, places[i], layers, stretches, tiles[i, number], room)
-        return out
-
-    def _read_tile(
-        self,
-        shard: int,
-        step: int,
-        place: int,
-        layers: Sequence[int],
-        stretches: Sequence[tuple[int, int]],
-        out: Bytes,
-        room: Checksums,
-    ) -> None:
-        first = place * self.chunks_per_tile
-        try:
-            file = self.files.get((self.key, shard, step), lambda: self._open(shard, step))
-            if self.layers_per_chunk > 1:
-                self._read_whole(file, first, layers, out, room)
-                return
-            for start, stop in stretches:
-                file.read(first + layers[start], list(out[start:stop]), room)
-        except (DamagedShardError, OSError, RuntimeError) as error:  # blosc raises RuntimeError
-            tile, path = shard * self.tiles_per_shard + place, self.store.path
-            raise StoreError(
-                f"{path}: {self.key}, tile {tile}: cannot be read ({error}); `satdifuser store verify --deep "
-                f"{path}` names the damaged files and how to mend it"
-            ) from error
+        return self.files.get((self.key, shard, step), lambda: self._open(shard, step))
 
     def _open(self, shard: int, step: int) -> ShardFile:
         places = self.tiles_per_shard * self.chunks_per_tile
         path = self.store.locate(f"{self.key}/c/{shard}/{step}/{self.last_key}")
         return ShardFile(path, places, self.chunk_bytes, self.compressed)
 
-    def _read_whole(
-        self, file: ShardFile, first: int, layers: Sequence[int], out: Bytes, room: Checksums
+
+class Request:
+    """Some tiles of an array to read, first what the system holds in memory, then the rest; for one thread.
+
+    Args:
+        array: The array.
+        rows: Which tiles, in the order wanted.
+        steps: Which timesteps, by position.
+        layers: Which layers of the group, by position.
+        out: What to fill, (B, T, L, …) of the stored dtype.
+    """
+
+    def __init__(
+        self,
+        array: ShardedArray,
+        rows: Indices,
+        steps: Sequence[int],
+        layers: Sequence[int],
+        out: NDArray[Any],
     ) -> None:
+        self.array, self.layers, self.stretches = array, layers, runs(layers)
+        self.everything = list(layers) == list(range(array.shape[2]))
+        size = array.bytes_per_layer
+        self.places = [slice(start, start + size) for start in range(0, len(layers) * size, size)]
+        self.checksums = Checksums(max(1, len(layers)))
+        self._pending = self._parts(rows, steps, out.view(np.uint8).reshape(-1))
+
+    def _parts(self, rows: Indices, steps: Sequence[int], out: Bytes) -> list[Part]:
+        shards, places = (part.tolist() for part in np.divmod(rows, self.array.tiles_per_shard))
+        order, size = np.argsort(rows, kind="stable").tolist(), len(self.places) * self.array.bytes_per_layer
+        starts = [(i * len(steps) + number) * size for number in range(len(steps)) for i in order]
+        where = [(shards[i], step, places[i]) for step in steps for i in order]
+        return [(*part, out[start : start + size]) for part, start in zip(where, starts, strict=True)]
+
+    def begin(self) -> None:
+        """Read what is in memory, and let the system begin to fetch the rest, all of it at once.
+
+        Raises:
+            StoreError: a file is damaged or cannot be read.
+        """
+        self._pending = [part for part in self._pending if not self._read(part, wait=False)]
+
+    def finish(self) -> None:
+        """Read what `begin` did not, and wait for it.
+
+        Raises:
+            StoreError: a file is damaged or cannot be read.
+        """
+        for part in self._pending:
+            self._read(part, wait=True)
+
+    def _read(self, part: Part, wait: bool) -> bool:
+        """Read one timestep of a tile; False if it is not in memory, and not to be waited for."""
+        shard, step, place, out = part
+        first = place * self.array.chunks_per_tile
+        try:
+            file = self.array.file(shard, step)
+            if self.array.layers_per_chunk > 1:
+                return self._read_whole(file, first, out, wait)
+            done = True
+            for start, stop in self.stretches:
+                chunks = [out[place] for place in self.places[start:stop]]
+                done &= file.read(first + self.layers[start], chunks, self.checksums, wait)
+            return done
+        except (DamagedShardError, OSError, RuntimeError) as error:  # blosc raises RuntimeError
+            tile, path = shard * self.array.tiles_per_shard + place, self.array.store.path
+            raise StoreError(
+                f"{path}: {self.array.key}, tile {tile}: cannot be read ({error}); `satdifuser store verify "
+                f"--deep {path}` names the damaged files and how to mend it"
+            ) from error
+
+    def _read_whole(self, file: ShardFile, first: int, out: Bytes, wait: bool) -> bool:
         """Read the one chunk that holds all layers of a tile, and keep those wanted."""
-        if len(layers) == self.layers_per_chunk and runs(layers) == [(0, len(layers))]:
-            file.read(first, [out.reshape(-1)], room)
-            return
-        whole = np.empty(self.chunk_bytes, np.uint8)
-        file.read(first, [whole], room)
-        out[:] = whole.reshape(self.layers_per_chunk, -1)[list(layers)]
+        if self.everything:
+            return file.read(first, [out], self.checksums, wait)
+        whole = np.empty(self.array.chunk_bytes, np.uint8)
+        done = file.read(first, [whole], self.checksums, wait)
+        if done:
+            size = self.array.bytes_per_layer
+            for place, layer in zip(self.places, self.layers, strict=True):
+                out[place] = whole[layer * size : (layer + 1) * size]
+        return done
 
 
 def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
