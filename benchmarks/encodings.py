@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import torch
 
 import satdifuser
 from satdifuser.evaluate.evaluation import measure
@@ -120,7 +121,7 @@ def test_score(run: Run) -> float:
 def tested(run: Run, store: FeatureStore) -> float:
     """The score of a network on the test tiles of another store, whose features are encoded otherwise."""
     network, standard, settings = load_network(run, store)
-    loader = MapLoader(store, labelled(store, "test", run.partition), settings.memory_gb * 1e9)
+    loader = MapLoader(store, labelled(store, "test", run.partition), settings, torch.device("cpu"))
     metrics = measure(store, predict(network, loader, settings, standard))
     return metrics[HEADLINE[run.info["task"]]]
 

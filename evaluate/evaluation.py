@@ -194,13 +194,14 @@ def evaluate_run(folder: Path, store_path: Location | None, settings: EvaluateSe
     network, statistics, fit_settings = load_network(run, store)
     rows = labelled(store, settings.split, run.partition)
     outcome = new_outcome(store, spread_positions(len(rows), settings.pictures))
-    loader = MapLoader(store, rows, fit_settings.memory_gb * 1e9)
+    device = next(network.parameters()).device
+    loader = MapLoader(store, rows, fit_settings, device)
     for probabilities, targets in predict(network, loader, fit_settings, statistics):
         outcome.add(probabilities, targets)
     if run.info["history"]:
         val = run.info["history"][run.info["best_epoch"] - 1]["val"]
     else:  # imported: its training was measured elsewhere
-        loader = MapLoader(store, labelled(store, "val", run.partition), fit_settings.memory_gb * 1e9)
+        loader = MapLoader(store, labelled(store, "val", run.partition), fit_settings, device)
         val = measure(store, predict(network, loader, fit_settings, statistics))
     return write_outcome(run, store, rows, outcome, val, settings)
 

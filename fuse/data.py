@@ -1,11 +1,13 @@
 """Feeds feature maps from a store to a network: resident in memory where they fit, else read per batch.
 
+Stored bytes travel to the network's device, and are decoded and standardised there.
+
 Legend: B tiles, T timesteps, L layers of a group, C channels, H and W feature pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -14,38 +16,80 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from satdifuser.errors import RunError
+from satdifuser.fuse.device import choose_device
 from satdifuser.fuse.fusion import FeatureMaps
 from satdifuser.fuse.settings import FitSettings
 from satdifuser.store.batches import BatchReader
 from satdifuser.store.encoding import Floats
 from satdifuser.store.layout import UNLABELLED
-from satdifuser.store.reader import FeatureStore, Indices
+from satdifuser.store.reader import FeatureStore, Indices, Stored
 
 STATISTICS_TILES = 256
+LOADED_AT_ONCE = 64  # tiles on their way to the device
+Tensors = dict[str, dict[str, Tensor]]
+"""Group name to array name to (B, T, L, …), as kept; see `satdifuser.store.reader.Stored`."""
 
 
 class MapLoader:
     """Batches of feature maps and targets of some tiles, standardised if statistics are given.
 
-    Stored bytes stay in memory where the selection fits `budget_bytes`, so that every epoch after the
-    first reads nothing; the batches are the same either way.
+    Stored bytes stay on the device where they fit `device_memory_gb`, or else in memory where they fit
+    `memory_gb`, so that every epoch after the first reads nothing; the batches are the same each way.
+
+    Args:
+        store: The store.
+        rows: The rows of the tiles.
+        settings: The two budgets.
+        device: Where the network is.
     """
 
-    def __init__(self, store: FeatureStore, rows: Indices, budget_bytes: float) -> None:
-        self.store = store
-        self.rows = rows
+    def __init__(
+        self, store: FeatureStore, rows: Indices, settings: FitSettings, device: torch.device
+    ) -> None:
+        self.store, self.rows, self.device = store, rows, device
         self._targets = store.targets(rows)
-        self._reader = BatchReader(store, rows, budget_bytes=budget_bytes)
+        size = store.stored_bytes_per_tile() * len(rows)
+        self._held = self._load() if size <= settings.device_memory_gb * 1e9 else None
+        budget = 0 if self._held else settings.memory_gb * 1e9
+        self._reader = BatchReader(store, rows, budget_bytes=budget)
+
+    def _load(self) -> Tensors:
+        """All stored arrays on the device, a few tiles at a time."""
+        held: Tensors = {}
+        for start in range(0, len(self.rows), LOADED_AT_ONCE):
+            part = to_tensors(self.store.stored(self.rows[start : start + LOADED_AT_ONCE]), self.device)
+            held = held or self._room_for(part)
+            for group, arrays in part.items():
+                for name, array in arrays.items():
+                    held[group][name][start : start + len(array)] = array
+        return held
+
+    def _room_for(self, part: Tensors) -> Tensors:
+        """Empty arrays of all tiles, otherwise like those of a few."""
+        return {
+            group: {name: array.new_empty(len(self.rows), *array.shape[1:]) for name, array in arrays.items()}
+            for group, arrays in part.items()
+        }
 
     def batches(
         self, order: NDArray[np.intp], batch_size: int, statistics: Statistics | None
     ) -> Iterator[tuple[FeatureMaps, Tensor | None, NDArray[np.intp]]]:
         """Yield (maps, targets, positions) over an order of positions 0 … N-1 of `rows`."""
         parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        for chosen, stored in zip(parts, self._reader.batches(parts), strict=True):
-            maps = as_feature_maps(self.store, self.store.decode(stored), statistics)
+        standard = None if statistics is None else Standard(statistics, self.device)
+        for chosen, stored in zip(parts, self._stored(parts), strict=True):
+            maps = as_feature_maps(self.store, decode(self.store, stored), standard)
             targets = None if self._targets is None else torch.from_numpy(self._targets[chosen]).long()
             yield maps, targets, chosen
+
+    def _stored(self, parts: Sequence[Indices]) -> Iterator[Tensors]:
+        """The stored arrays of one list of positions after the other, on the device."""
+        if self._held is None:
+            yield from (to_tensors(stored, self.device) for stored in self._reader.batches(parts))
+            return
+        for part in parts:
+            chosen = torch.from_numpy(part).to(self.device)
+            yield {g: {name: array[chosen] for name, array in held.items()} for g, held in self._held.items()}
 
     def statistics(self) -> Statistics:
         """Mean and spread of every timestep, layer and channel over evenly spaced tiles."""
@@ -93,7 +137,7 @@ class TrainingData:
 
     def _load(self, split: str) -> MapLoader:
         rows = labelled(self.store, split, self.settings.partition)
-        return MapLoader(self.store, rows, self.settings.memory_gb * 1e9)
+        return MapLoader(self.store, rows, self.settings, choose_device(self.settings.device))
 
 
 def labelled(store: FeatureStore, split: str, partition: str = "auto") -> Indices:
@@ -126,18 +170,58 @@ def _mean_and_spread(
     return mean.astype(np.float32), spread.astype(np.float32)
 
 
-def as_feature_maps(
-    store: FeatureStore, maps: dict[str, Floats], statistics: Statistics | None
-) -> FeatureMaps:
+class Standard:
+    """Statistics as tensors on a device."""
+
+    def __init__(self, statistics: Statistics, device: torch.device) -> None:
+        self._by_group = {
+            group: [torch.from_numpy(values)[..., None, None].to(device) for values in pair]
+            for group, pair in statistics.items()
+        }
+
+    def apply(self, group: str, maps: Tensor) -> Tensor:
+        """Standardise the maps (B, T, L, C, H, W) of a group in place."""
+        mean, spread = self._by_group[group]
+        return maps.sub_(mean).div_(spread)
+
+
+def to_tensors(stored: Stored, device: torch.device) -> Tensors:
+    """Stored arrays as tensors on a device; on the CPU they share the arrays' memory."""
+    return {
+        group: {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        for group, arrays in stored.items()
+    }
+
+
+def decode(store: FeatureStore, stored: Tensors) -> dict[str, Tensor]:
+    """Decode stored arrays as `satdifuser.store.encoding.decode` does.
+
+    Returns:
+        Group to (B, T, L, C, H, W) float32, in memory of its own.
+    """
+    layers = store.attributes.layers
+    return {g: _decode(arrays, layers[store.groups[g][0]].width) for g, arrays in stored.items()}
+
+
+def _decode(arrays: Mapping[str, Tensor], width: int) -> Tensor:
+    values = arrays["values"]
+    if values.dtype == torch.uint8:  # two values in a byte
+        values = torch.stack([values & 15, values >> 4], dim=-1).flatten(-2)[..., :width]
+    maps = values.to(torch.float32, copy=True)
+    if "scale" in arrays:
+        maps.mul_(arrays["scale"][..., None, None])
+    if "offset" in arrays:
+        maps.add_(arrays["offset"][..., None, None])
+    return maps
+
+
+def as_feature_maps(store: FeatureStore, maps: dict[str, Tensor], standard: Standard | None) -> FeatureMaps:
     """Lay out decoded groups as stride -> one (B, T, C, H, W) tensor per layer, in table order."""
     by_position: dict[int, Tensor] = {}
     for group, held in store.groups.items():
-        values = maps[group]  # (B, T, L, C, H, W)
-        if statistics is not None:
-            mean, spread = statistics[group]
-            values = (values - mean[..., None, None]) / spread[..., None, None]
+        values = maps[group] if standard is None else standard.apply(group, maps[group])
         for i, position in enumerate(held):
-            by_position[position] = torch.from_numpy(values[:, :, i])
+            by_position[position] = values[:, :, i]
     layers = store.attributes.layers
     strides = sorted({layer.stride for layer in layers})
     return {s: [by_position[p] for p, layer in enumerate(layers) if layer.stride == s] for s in strides}

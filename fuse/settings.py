@@ -74,6 +74,7 @@ class FitSettings(Settings):
     normalise: bool = True
     reference_slicing: bool = False
     memory_gb: NonNegativeFloat = 4.0
+    device_memory_gb: NonNegativeFloat = 0.0
     device: str = "auto"
 
     @field_validator("fusion", "seeds")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from satdifuser.errors import RunError, SettingsError
 from satdifuser.fuse.data import MapLoader, Statistics, TrainingData, channels_by_stride
+from satdifuser.fuse.device import choose_device
 from satdifuser.fuse.fusion import FeatureMaps
 from satdifuser.fuse.network import HEADS, OURS, Network, Variant, build_network, choose_widths
 from satdifuser.fuse.run_folder import (
@@ -113,7 +114,8 @@ def check_task(store: FeatureStore, settings: FitSettings) -> None:
 
 def run_identity(store: FeatureStore, settings: FitSettings, fusion: FusionName, seed: int) -> dict[str, Any]:
     """What a run must share with another to be the same one."""
-    shaping = settings.model_dump(mode="json", exclude={"fusion", "seeds", "memory_gb", "device"})
+    whereabouts = {"memory_gb", "device_memory_gb", "device"}
+    shaping = settings.model_dump(mode="json", exclude={"fusion", "seeds"} | whereabouts)
     shaping["partition"] = store.choose_partition(settings.partition)
     return {"fusion": fusion, "seed": seed, "settings": shaping, "store": store.hashes().model_dump()}
 
@@ -211,7 +213,7 @@ class Training:
         if targets is None:
             raise SettingsError(f"{self.store.path}: holds no targets to fit to")
         targets = targets.to(self.device)
-        logits, _ = self.network(to_device(maps, self.device), mask_size(targets))
+        logits, _ = self.network(maps, mask_size(targets))
         return loss(logits, targets, self.store.attributes.ignore_value)
 
     def state(self) -> dict[str, Any]:
@@ -371,34 +373,10 @@ def predict(
 ) -> Iterator[Prediction]:
     """Yield the probabilities and targets of all of a loader's tiles, in their order."""
     network.eval()
-    device = next(network.parameters()).device
     order = np.arange(len(loader.rows))
     for maps, targets, _ in loader.batches(order, settings.batch_size, statistics):
         if targets is None:
             raise SettingsError(f"{loader.store.path}: holds no targets to compare with")
-        logits, _ = network(to_device(maps, device), mask_size(targets))
+        logits, _ = network(maps, mask_size(targets))
         probabilities = logits.sigmoid() if targets.shape == logits.shape else logits.softmax(1)
         yield probabilities.cpu().numpy(), targets.numpy()
-
-
-def to_device(maps: FeatureMaps, device: torch.device) -> FeatureMaps:
-    """Move feature maps to a device."""
-    return {stride: [layer.to(device) for layer in layers] for stride, layers in maps.items()}
-
-
-def choose_device(device: str) -> torch.device:
-    """``auto`` is a GPU where there is one.
-
-    Raises:
-        SettingsError: the device is not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(
-            f"fit.device: {device!r} is not available here: {error}; use auto or cpu"
-        ) from error
-    return chosen

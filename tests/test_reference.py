@@ -170,7 +170,8 @@ def save(checkpoint: Any, path: Path) -> Path:
 
 
 def all_maps(store: FeatureStore) -> FeatureMaps:
-    return as_feature_maps(store, store.maps(np.arange(store.attributes.tiles)), None)
+    maps = store.maps(np.arange(store.attributes.tiles))
+    return as_feature_maps(store, {g: torch.from_numpy(values) for g, values in maps.items()}, None)
 
 
 def logits(network: Network, maps: FeatureMaps, size: tuple[int, int] | None = None) -> Tensor:

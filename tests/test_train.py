@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from made_up import random_store
 
 from satdifuser.errors import SettingsError
+from satdifuser.fuse.data import MapLoader
+from satdifuser.fuse.device import choose_device
 from satdifuser.fuse.settings import FitSettings
-from satdifuser.fuse.train import choose_device, learning_rate, loss, mask_size, training_order
+from satdifuser.fuse.train import learning_rate, loss, mask_size, training_order
+from satdifuser.store.schema import LayerInfo
+from satdifuser.store.settings import Encoding
+
+LAYERS = [
+    LayerInfo(name="fine", channels=4, stride=4, height=5, width=5),
+    LayerInfo(name="coarse", channels=3, stride=8, height=3, width=3),
+]
 
 
 @pytest.mark.parametrize(("tiles", "expected"), [(1, 1), (8, 8), (9, 8), (10, 10)])
@@ -57,3 +71,24 @@ def test_the_loss_leaves_out_what_is_ignored() -> None:
     flat, labels = logits[:, :, 0, 0], torch.tensor([2, 0])
     torch.testing.assert_close(loss(flat, labels, -1), F.cross_entropy(flat, labels))
     assert mask_size(masks) == (4, 4)
+
+
+@pytest.mark.parametrize("encoding", get_args(Encoding))
+def test_batches_are_the_same_from_disk_from_memory_and_on_the_device(
+    encoding: Encoding, tmp_path: Path
+) -> None:
+    store = random_store(tmp_path / "s.zarr", LAYERS, 8, encoding)
+    rows = store.select()
+    order = np.random.default_rng(0).permutation(len(rows))
+    budgets = [{"memory_gb": 0.0}, {"memory_gb": 1.0}, {"device_memory_gb": 1.0}]
+    settings = [FitSettings(**budget) for budget in budgets]
+    loaders = [MapLoader(store, rows, each, torch.device("cpu")) for each in settings]
+    statistics = loaders[0].statistics()
+    expected = store.maps(rows)
+    for batches in zip(*(loader.batches(order, 3, statistics) for loader in loaders), strict=True):
+        for maps, _, chosen in batches:
+            for group, held in store.groups.items():
+                mean, spread = (values[..., None, None] for values in statistics[group])
+                wanted = (expected[group][chosen] - mean) / spread
+                stride = store.attributes.layers[held[0]].stride
+                np.testing.assert_array_equal(np.stack([m.numpy() for m in maps[stride]], axis=2), wanted)
