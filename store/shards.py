@@ -23,9 +23,11 @@ from satdifuser.store.location import Location, is_remote
 from satdifuser.store.metadata import read_attributes
 from satdifuser.store.remote import Mirror
 from satdifuser.store.sharded_array import Indices
+from satdifuser.store.zstd_frame import HEAD_BYTES, content_size
 
 WORTHWHILE_GAP = 3  # tiles read in vain rather than with another request
 DAMAGE = (ValueError, RuntimeError, OSError)  # what Zarr raises where a checksum or a file is wrong
+MOST_TEXT_BYTES = 2**26  # of ids, paths or digests of a shard
 DECLARED = ("shape", "chunk_grid", "data_type", "codecs")  # of an array
 
 
@@ -66,6 +68,7 @@ class ShardedStore:
         """
         commits = self._array("commits")
         try:
+            self._check_claims("commits", [shard])
             text = str(commits[shard])
             record: dict[str, Any] = json.loads(text) if text else {}
             _check_record(record)
@@ -177,14 +180,29 @@ class ShardedStore:
     def _slice(self, name: str, start: int, stop: int) -> Any:
         if self._mirror:
             self._fetch_chunks(name, start, stop)
-        array = self._array(name)
+        array, per_shard = self._array(name), self.attributes.tiles_per_shard
         try:
+            self._check_claims(name, range(start // per_shard, -(-stop // per_shard)))
             return array[start:stop]
         except DAMAGE as error:
             raise StoreError(
                 f"{self.path}: {name}, tiles {start} to {stop - 1}: cannot be read ({error}); "
                 f"`satdifuser store verify --deep {self.path}` names the damaged files and how to mend them"
             ) from error
+
+    def _check_claims(self, name: str, chunks: Iterable[int]) -> None:
+        """Raise ValueError where a chunk says that it inflates to more than it may hold."""
+        array = self._array(name)
+        size = int(np.prod(array.chunks)) * array.dtype.itemsize
+        limit = size if array.dtype.kind in "biuf" else MOST_TEXT_BYTES
+        for chunk in chunks:
+            path = self.folder / name / "c" / "/".join([str(chunk), *"0" * (array.ndim - 1)])
+            if not path.exists():
+                continue  # nothing to inflate
+            with path.open("rb") as file:
+                claimed = content_size(file.read(HEAD_BYTES))
+            if claimed > limit:
+                raise ValueError(f"chunk {chunk} claims to hold {claimed} bytes, expected at most {limit}")
 
     def _fetch_chunks(self, name: str, start: int, stop: int) -> None:
         per_shard = self.attributes.tiles_per_shard

@@ -21,6 +21,7 @@ from satdifuser.store.metadata import MAX_METADATA_BYTES, seal
 from satdifuser.store.reader import open_store
 from satdifuser.store.schema import LayerInfo
 from satdifuser.store.shard_file import Checksums, DamagedShardError, ShardFile, pack_shard
+from satdifuser.store.zstd_frame import HEAD_BYTES, content_size
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
@@ -191,6 +192,63 @@ def test_chunks_that_claim_too_much(tmp_path: Path) -> None:
     (tmp_path / "s").write_bytes(b"".join([*pack_shard_of(bytes(parts[0]), 2**60)]))
     with pytest.raises(DamagedShardError, match="its index points out of the file"):
         ShardFile(tmp_path / "s", 1, 64, True).read(0, [np.empty(64, np.uint8)], Checksums(1))
+
+
+TABLES = ["targets/label/c/0", "tiles/tile_id/c/0", "features/stride_04/pooled/c/0/0/0/0"]
+
+
+@pytest.mark.parametrize("key", TABLES)
+def test_tables_that_claim_too_much(key: str, copy: Path) -> None:
+    replace_table_chunk(copy, key, table_chunk(bytes(2**27)))
+    with pytest.raises(StoreError, match="claims to hold 134217728 bytes, expected at most"):
+        read_all_tables(copy)
+
+
+def test_a_commit_record_that_claims_too_much(copy: Path) -> None:
+    (copy / "commits/c/0").write_bytes(table_chunk(b" " * 2**27))
+    with pytest.raises(StoreError, match="claims to hold 134217728 bytes, expected at most 67108864"):
+        open_store(copy).tiles  # noqa: B018
+
+
+def test_a_table_that_does_not_say_what_it_holds(copy: Path) -> None:
+    replace_table_chunk(copy, "targets/label/c/0", b"\x28\xb5\x2f\xfd\x00\x58" + bytes(20))
+    with pytest.raises(StoreError, match="the zstd frame does not say how much it holds"):
+        read_all_tables(copy)
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 300, 65791, 65792, 2**20])
+def test_the_size_that_a_frame_claims(size: int) -> None:
+    from numcodecs import zstd
+
+    assert content_size(zstd.compress(bytes(size), 3)[:HEAD_BYTES]) == size
+
+
+def table_chunk(content: bytes) -> bytes:
+    from awscrt.checksums import crc32c
+    from numcodecs import zstd
+
+    body: bytes = zstd.compress(content, 3)
+    return body + crc32c(body).to_bytes(4, "little")
+
+
+def replace_table_chunk(path: Path, key: str, chunk: bytes) -> None:
+    """Put another file in place of a committed one, and its size into the commit record."""
+    import zarr
+
+    (path / key).write_bytes(chunk)
+    commits: Any = zarr.open_group(path, mode="r+")["commits"]
+    record = json.loads(str(commits[0]))
+    record["files"][key][0] = len(chunk)
+    commits[0] = json.dumps(record)
+
+
+def read_all_tables(path: Path) -> None:
+    store = open_store(path)
+    rows = np.arange(store.attributes.tiles)
+    store.tiles  # noqa: B018
+    store.targets(rows)
+    for group in store.groups:
+        store.pooled_group(group, rows)
 
 
 def pack_shard_of(body: bytes, size: int) -> list[bytes]:
