@@ -97,7 +97,7 @@ def random_row(number: int) -> TileRow:
         padded=number % 3 == 0,
         colour=np.array([number], np.float32),
         target=None if number == 0 else np.array(number % 2, np.int32),
-        preview=np.full((16, 16, 3), number, np.uint8),
+        preview=np.full((16, 16, 3), number % 256, np.uint8),
     )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from made_up import random_store
 from made_up_disk import LOSSES, power_cut, record, replay
 from made_up_store import build, contents, contents_or_refusal, flip, new_attributes, write
 
@@ -27,6 +28,7 @@ from satdifuser.errors import StoreError
 from satdifuser.store.lock import StoreLock, lock_file
 from satdifuser.store.reader import open_store
 from satdifuser.store.repair import repair
+from satdifuser.store.schema import LayerInfo
 from satdifuser.store.verify import inspect_store
 from satdifuser.store.writer import open_or_create
 
@@ -144,6 +146,56 @@ def test_killed_at_random_moments(tmp_path: Path, kills: int, shards: int) -> No
     assert digest(killed) == digest(undisturbed)
     succeed("store", "verify", killed, "--deep")
     assert sorted(place.name for place in tmp_path.iterdir()) == ["killed.zarr", "log", "whole.zarr"]
+
+
+@pytest.mark.parametrize(
+    ("kills", "tiles"), [(2, 640), pytest.param(20, 5120, marks=pytest.mark.slow, id="slow")]
+)
+@pytest.mark.parametrize("verb", ["copy", "merge"])
+def test_copies_and_joins_killed_at_random_moments(tmp_path: Path, verb: str, kills: int, tiles: int) -> None:
+    layer = LayerInfo(name="up.0.attn1", channels=16, stride=2, height=8, width=8)
+    sources = [random_store(tmp_path / "a.zarr", [layer], tiles, tiles_per_shard=64).path]
+    if verb == "merge":
+        sources.append(random_store(tmp_path / "b.zarr", [layer], 64, first=tiles, tiles_per_shard=64).path)
+    killed, undisturbed = tmp_path / "killed.zarr", tmp_path / "whole.zarr"
+    command = ["store", verb, *map(str, sources)]
+    kill_repeatedly([*command, "-o", str(killed)], killed, tmp_path / "log", kills)
+    for out in (killed, undisturbed):
+        succeed(*command, "-o", out)
+    assert digest(killed) == digest(undisturbed)
+    succeed("store", "verify", killed, "--deep")
+
+
+@pytest.mark.parametrize(
+    ("kills", "shards"), [(2, 12), pytest.param(20, 120, marks=pytest.mark.slow, id="slow")]
+)
+def test_growth_killed_at_random_moments(tmp_path: Path, kills: int, shards: int) -> None:
+    killed, undisturbed = tmp_path / "killed.zarr", tmp_path / "whole.zarr"
+    succeed(*extraction(killed, shards))
+    shutil.copytree(killed, undisturbed)
+    before = digest(killed)
+    growth = [*extraction(killed, shards), "--add-timesteps", "61"]
+    kill_repeatedly(growth, tmp_path / ".killed.zarr.growing", tmp_path / "log", kills)
+    assert digest(killed) == before  # the store as it was serves until the grown one takes its place
+    for command in (growth, [*extraction(undisturbed, shards), "--add-timesteps", "61"]):
+        succeed(*command)
+    assert digest(killed) == digest(undisturbed) != before
+    succeed("store", "verify", killed, "--deep")
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["killed.zarr", "log", "whole.zarr"]
+
+
+def kill_repeatedly(command: list[str], out: Path, log: Path, kills: int) -> None:
+    """Kill a command after it has committed one more shard to a store, and see that it is never wrong."""
+    moments = random.Random(0)
+    for _ in range(kills):
+        before = commit_times(out)
+        with running(command, log) as process:
+            wait_for_commits(out, len(before) + 1)
+            time.sleep(moments.uniform(0, 0.02))
+            process.kill()
+            assert process.wait() == -signal.SIGKILL, log.read_text()
+        assert before.items() <= commit_times(out).items()
+        assert not inspect_store(open_store(out), deep=True).damaged
 
 
 # --- two at once
