@@ -36,6 +36,11 @@ def target_array(task: str | None) -> str | None:
     return None if task is None else f"targets/{names[task]}"
 
 
+def packed_width(width: int) -> int:
+    """Bytes of a row of ``width`` pixels of which each is one bit."""
+    return -(-width // 8)
+
+
 def create_arrays(root: zarr.Group, attributes: Attributes) -> None:
     """Create all arrays of a store, empty."""
     _create_tiles(root, attributes)
@@ -47,6 +52,9 @@ def create_arrays(root: zarr.Group, attributes: Attributes) -> None:
     if attributes.latents:
         dimensions = ("latent_channel", "latent_y", "latent_x")  # those of the features have other lengths
         _table(root, "latents", attributes, attributes.latents, "float32", np.nan, dimensions)
+    if attributes.valid:
+        height, width = attributes.tile_size
+        _table(root, "valid", attributes, (height, packed_width(width)), "uint8", 0, ("y", "x_octet"))
     root.create_array(
         "commits",
         shape=(attributes.shards,),

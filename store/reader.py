@@ -251,6 +251,13 @@ class FeatureStore(ShardedStore):
         latents: Floats = self.gather("latents", rows)
         return latents
 
+    def valid(self, rows: Indices) -> NDArray[np.bool_]:
+        """Which pixels of some rows hold data (B, H, W); all of them in a store that does not say."""
+        height, width = self.attributes.tile_size
+        if not self.attributes.valid:
+            return np.ones((len(rows), height, width), np.bool_)
+        return np.unpackbits(self.gather("valid", rows), axis=-1, count=width).astype(np.bool_)
+
     # --- features
 
     def pooled(self, timestep: int | None = None, layer: str = "*", split: str | None = None) -> xr.DataArray:

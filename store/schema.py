@@ -74,6 +74,7 @@ class Attributes(Settings):
     decode: str
     previews: bool
     latents: tuple[Channels, Side, Side] | None = None  # (C, h, w) where they are held
+    valid: bool = False  # whether it says of each pixel of a tile if it holds data
     colour_statistics: list[str]
     backbone: dict[str, Any]
     feature_identity: dict[str, Any]

@@ -68,6 +68,7 @@ class TileRow:
     target: NDArray[np.generic] | None = None  # () int32 label, (classes,) uint8 labels or (H, W) uint8 mask
     preview: NDArray[np.uint8] | None = None  # (H, W, 3)
     latents: Floats | None = None  # (C, h, w)
+    valid: NDArray[np.bool_] | None = None  # (H, W) whether a pixel holds data
     partitions: Mapping[str, str] = field(default_factory=dict)  # split in each, if the store holds several
 
     @property
@@ -282,6 +283,10 @@ class StoreWriter:
             none = np.full(self.attributes.latents, np.nan, np.float32)
             latents = [none if row.latents is None else row.latents for row in rows]
             self._array("latents")[here] = np.stack(latents)
+        if self.attributes.valid:
+            nowhere = np.zeros(self.attributes.tile_size, np.bool_)
+            valid = [nowhere if row.valid is None else row.valid for row in rows]
+            self._array("valid")[here] = np.packbits(np.stack(valid), axis=-1)
 
     def _write_targets(self, here: slice, rows: Sequence[TileRow]) -> None:
         name = target_array(self.attributes.task)
