@@ -27,6 +27,7 @@ ROW_TEXT_FIELDS = (
 )
 TEXT_FIELDS = (*ROW_TEXT_FIELDS, "digest")
 SPLITS = ("none", "train", "val", "test")  # index = stored code
+LABEL_ARRAYS = ("targets", "tiles/partitions", "tiles/target_digest")  # what another labelling changes
 UNLABELLED = {"classification": -1, "multilabel": 255}  # value of every label of a tile without one
 
 

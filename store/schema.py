@@ -80,6 +80,7 @@ class Attributes(Settings):
     feature_identity: dict[str, Any]
     planned: Hashes
     settings: dict[str, Any]
+    labelled: dict[str, Any] = Field(default={})  # where labels came from that came after the extraction
 
     @model_validator(mode="after")
     def check_shards(self) -> Attributes:

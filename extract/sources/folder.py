@@ -11,7 +11,6 @@ from pathlib import Path
 
 from satdifuser.errors import ImageError, SourceError
 from satdifuser.extract.settings import FolderSettings
-from satdifuser.extract.sources.classes import IGNORE, ClassList, named, read_classes
 from satdifuser.extract.sources.files import SUFFIXES, Header, offering_skip, read_header, read_pixels
 from satdifuser.extract.sources.grid import pad_edge, pad_with, parse_size
 from satdifuser.extract.sources.splits import (
@@ -23,7 +22,9 @@ from satdifuser.extract.sources.splits import (
     splits_of_rows,
     splits_of_shares,
 )
-from satdifuser.extract.sources.tile import Split, Task, Tile, TileRecord
+from satdifuser.extract.sources.tile import Task, Tile, TileRecord
+from satdifuser.labels.classes import IGNORE, ClassList, named, read_classes
+from satdifuser.labels.splits import Split
 
 
 @dataclass(frozen=True)
