@@ -19,7 +19,7 @@ from rasterio.warp import transform
 
 from satdifuser.errors import LabelError
 from satdifuser.labels.settings import AnySplit, RandomSplit, SpatialBlocks, SpatialFolds
-from satdifuser.labels.splits import USED_SPLITS, Split, UsedSplit, draw_splits, splits_of_shares
+from satdifuser.labels.splits import USED_SPLITS, Split, draw_splits, splits_of_shares
 from satdifuser.store.georeference import Georeference
 from satdifuser.store.schema import DEFAULT_PARTITION
 
@@ -47,7 +47,8 @@ class Footprints:
         """Which of some tiles overlap any of the others, or are nearer to one than a distance."""
         tree = shapely.STRtree(self.polygons[others])
         found = tree.query(self.polygons[some], predicate="dwithin", distance=distance_m * self.stretch)
-        return some[np.unique(found[0])]
+        nearby: NDArray[np.intp] = some[np.unique(found[0])]
+        return nearby
 
 
 def footprints(places: Sequence[Georeference], size: tuple[int, int]) -> Footprints:
@@ -114,7 +115,7 @@ def draw_partitions(
     )
 
 
-def splits_asked(split: AnySplit) -> tuple[UsedSplit, ...]:
+def splits_asked(split: AnySplit) -> tuple[Split, ...]:
     """The splits that must hold tiles."""
     return USED_SPLITS if isinstance(split, SpatialFolds) else splits_of_shares(split)
 
@@ -147,7 +148,7 @@ def _share_blocks(sizes: NDArray[np.intp], split: SpatialBlocks) -> list[Split]:
     """The split of each block: going through them shuffled, each goes to the split that lacks most tiles."""
     asked = splits_of_shares(split)
     lacking = dict.fromkeys(USED_SPLITS, 0.0)
-    drawn: dict[int, UsedSplit] = {}
+    drawn: dict[int, Split] = {}
     for left, block in enumerate(np.random.default_rng(split.seed).permutation(len(sizes)).tolist()):
         for name in USED_SPLITS:
             lacking[name] += getattr(split, name) * int(sizes[block])

@@ -10,9 +10,8 @@ import numpy as np
 
 from satdifuser.labels.settings import SplitShares
 
-UsedSplit = Literal["train", "val", "test"]
 Split = Literal["train", "val", "test", "none"]
-USED_SPLITS: tuple[UsedSplit, ...] = ("train", "val", "test")
+USED_SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 def draw_splits(tile_ids: Sequence[str], labels: Sequence[int], shares: SplitShares) -> dict[str, Split]:
@@ -42,6 +41,6 @@ def draw_splits(tile_ids: Sequence[str], labels: Sequence[int], shares: SplitSha
     return drawn
 
 
-def splits_of_shares(shares: SplitShares) -> tuple[UsedSplit, ...]:
+def splits_of_shares(shares: SplitShares) -> tuple[Split, ...]:
     """Return the splits that hold tiles when shares are drawn."""
     return tuple(split for split in USED_SPLITS if getattr(shares, split) > 0)

@@ -312,9 +312,9 @@ class StoreWriter:
 
     def _write_labels(self, here: slice, rows: Sequence[TileRow]) -> None:
         self._array("tiles/target_digest")[here] = _texts(row.target_digest for row in rows)
-        for name in self.attributes.partitions:
-            codes = [SPLITS.index(row.partitions.get(name, row.split)) for row in rows]
-            self._array(f"tiles/partitions/{name}")[here] = np.array(codes, np.uint8)
+        for partition in self.attributes.partitions:
+            codes = [SPLITS.index(row.partitions.get(partition, row.split)) for row in rows]
+            self._array(f"tiles/partitions/{partition}")[here] = np.array(codes, np.uint8)
         name = target_array(self.attributes.task)
         if name is not None:
             array = self._array(name)

@@ -77,19 +77,18 @@ class ScenesSource:
         chosen = [c for c in chips if c.tile_id in labelled and (c.georeference or split.kind == "random")]
         ids, places = [chip.tile_id for chip in chosen], [chip.georeference for chip in chosen]
         drawn = draw_partitions(split, ids, places, self.tile_size)
-        columns = {
-            name: dict(zip(ids, column.tolist(), strict=True)) for name, column in drawn.partitions.items()
-        }
+        splits: dict[str, dict[str, Split]] = {tile: {} for tile in ids}
+        for name, column in drawn.partitions.items():
+            for tile, which in zip(ids, column.tolist(), strict=True):
+                splits[tile][name] = which
+        nowhere: dict[str, Split] = dict.fromkeys(drawn.partitions, "none")
         notes = list(drawn.notes)
         if self.labels and split.kind == "random":
             warning = leak_warning(next(iter(drawn.partitions.values())).tolist(), places, self.tile_size)
             notes += [warning] if warning else []
         for note in notes:
             print(note, file=sys.stderr)
-        return [
-            in_partitions(c, {n: splits.get(c.tile_id, "none") for n, splits in columns.items()})
-            for c in chips
-        ]
+        return [in_partitions(chip, splits.get(chip.tile_id, nowhere)) for chip in chips]
 
     def records_of(self, scene: Path) -> list[TileRecord]:
         """List the tiles of one scene; one that cannot be used but may be skipped stays in as one tile."""
