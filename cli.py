@@ -255,6 +255,20 @@ def extract(
 
 @cli.command()
 @store_argument
+@click.argument("labels", type=click.Path(path_type=Path))
+@pipeline_options
+def label(store: Location, labels: Path, config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Give a store's tiles the labels of a file of polygons, points or pixels; features stay as they are."""
+    from satdifuser.labels.relabel import label_store
+
+    labelled, notes = label_store(store, labels, _load(config, overrides).label)
+    for note in notes:
+        click.echo(note, err=True)
+    click.echo(labelled)
+
+
+@cli.command()
+@store_argument
 @pipeline_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the runs.")
 @overwrite_option

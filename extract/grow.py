@@ -37,12 +37,12 @@ from satdifuser.extract.noising import check_timesteps
 from satdifuser.extract.plan import format_bytes, with_margin
 from satdifuser.extract.run import Work
 from satdifuser.extract.sources import list_tiles, open_source
-from satdifuser.extract.sources.tile import Georeference, Source, TileRecord
+from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.store.copy import tile_rows
-from satdifuser.store.files import discard, sync_folder
+from satdifuser.store.files import take_place
+from satdifuser.store.georeference import Georeference
 from satdifuser.store.lock import StoreLock
-from satdifuser.store.metadata import is_store
-from satdifuser.store.reader import FeatureStore
+from satdifuser.store.reader import FeatureStore, end_cut_off
 from satdifuser.store.schema import (
     Attributes,
     LayerInfo,
@@ -94,16 +94,13 @@ def grow(
     """
     beside = path.with_name(f".{path.name}.growing")
     with StoreLock(path):
-        if not path.exists() and is_store(beside) and not FeatureStore(beside).missing_shards():
-            beside.rename(path)  # an earlier growth was cut off in the last moment
+        end_cut_off(beside, path)
         growth = _prepare(job, FeatureStore(path), additions)
         if not ignore_free_space:
             _require_space(growth)
         with open_or_create(beside, growth.new, overwrite) as writer:
             fill(growth, writer)
-        discard(path)
-        beside.rename(path)
-        sync_folder(path.parent)
+        take_place(beside, path)
     return FeatureStore(path)
 
 
@@ -207,8 +204,9 @@ def _grown(a: Attributes, whole: Work, records: list[TileRecord], source: Source
             "task": source.task,
             "classes": list(source.classes),
             "ignore_value": source.ignore_value,
-            "partition": chosen_partition(job),
+            "partition": chosen_partition(job, records),
             "partitions": partition_names(records),
+            "labelled": {},
             "left_out": source.left_out,
         }
     update |= {

@@ -19,7 +19,8 @@ from rasterio.warp import transform
 from torch import Tensor
 
 from satdifuser.errors import SourceError
-from satdifuser.extract.sources.tile import Georeference, TileRecord
+from satdifuser.extract.sources.tile import TileRecord
+from satdifuser.store.georeference import Georeference
 
 METRES_PER_DEGREE = 111_195.0  # along a meridian of a sphere of 6,371 km
 FIRST_YEAR, LAST_YEAR = 1980, 2100

@@ -203,6 +203,7 @@ def read_row(job: Job, source: Source, record: TileRecord) -> tuple[TileRow, Pre
         padded=record.padded,
         colour=colour_statistics(prepared.rgb),
         target=target,
+        valid=tile.valid,
         preview=preview(prepared.rgb) if job.store.previews else None,
         **_place(record),
     )

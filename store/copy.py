@@ -36,7 +36,7 @@ from satdifuser.store.writer import Encoded, StoreWriter, TileRow, open_or_creat
 
 ALIKE = (
     *("task", "classes", "ignore_value", "tile_size", "partition", "partitions", "encoding", "previews"),
-    *("latents", "colour_statistics", "feature_identity"),
+    *("latents", "valid", "colour_statistics", "feature_identity"),
 )  # attributes in which two stores must agree to be joined
 
 
@@ -265,6 +265,7 @@ def tile_rows(store: FeatureStore, rows: Indices) -> list[TileRow]:
     colour, targets = store.colour(rows), store.targets(rows)
     previews = store.previews(rows) if a.previews else None
     latents = store.latents(rows) if a.latents else None
+    valid = store.valid(rows) if a.valid else None
     found = []
     for i in range(len(rows)):
         split = {name: str(codes[i]) for name, codes in splits.items()}
@@ -280,6 +281,7 @@ def tile_rows(store: FeatureStore, rows: Indices) -> list[TileRow]:
                 target=targets[i] if targets is not None and digests[i] else None,
                 preview=None if previews is None else previews[i],
                 latents=None if latents is None else latents[i],
+                valid=None if valid is None else valid[i],
                 partitions=split,
             )
         )

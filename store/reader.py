@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from satdifuser.errors import SettingsError, StoreError, suggest
 from satdifuser.store.encoding import FORMS, Floats, content_digest, decode
+from satdifuser.store.georeference import Georeference
 from satdifuser.store.layout import SPLITS, TEXT_FIELDS, target_array
 from satdifuser.store.location import Location, location
 from satdifuser.store.metadata import is_store
@@ -111,6 +112,12 @@ def open_store(path: str | Path) -> FeatureStore:
         StoreError: there is no store, or one of a newer format, or its metadata is damaged.
     """
     return FeatureStore(location(str(path)))
+
+
+def end_cut_off(new: Path, path: Path) -> None:
+    """Let a complete store take its place if an earlier command was cut off between deletion and renaming."""
+    if not path.exists() and is_store(new) and not FeatureStore(new).missing_shards():
+        new.rename(path)
 
 
 class FeatureStore(ShardedStore):
@@ -238,6 +245,12 @@ class FeatureStore(ShardedStore):
             )
         return rows
 
+    def places(self, rows: Indices) -> list[Georeference | None]:
+        """Where some rows lie on the ground; None for tiles without a place."""
+        crs, transforms = self.gather("tiles/crs", rows), self.gather("tiles/transform", rows)
+        pairs = zip(crs.tolist(), transforms.tolist(), strict=True)
+        return [Georeference(own, tuple(transform)) if own else None for own, transform in pairs]
+
     def targets(self, rows: Indices) -> NDArray[np.generic] | None:
         """Labels (B,) int32, labels (B, classes) uint8 or masks (B, H, W) uint8 of some rows, or None."""
         name = target_array(self.attributes.task)
@@ -269,6 +282,13 @@ class FeatureStore(ShardedStore):
             raise StoreError(f"{self.path}: holds no latents; extract with store.latents: true")
         latents: Floats = self.gather("latents", rows)
         return latents
+
+    def valid(self, rows: Indices) -> NDArray[np.bool_]:
+        """Which pixels of some rows hold data (B, H, W); all of them in a store that does not say."""
+        height, width = self.attributes.tile_size
+        if not self.attributes.valid:
+            return np.ones((len(rows), height, width), np.bool_)
+        return np.unpackbits(self.gather("valid", rows), axis=-1, count=width).astype(np.bool_)
 
     # --- features
 

@@ -8,7 +8,6 @@ all bands), where all bands hold the nodata value of the settings, or where any 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,12 +21,11 @@ import rasterio
 from numpy.typing import NDArray
 from PIL import Image
 from rasterio.enums import MaskFlags
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from satdifuser.errors import ImageError
 from satdifuser.extract.settings import ImageSettings
 from satdifuser.extract.sources.grid import Window
-from satdifuser.extract.sources.tile import Georeference
+from satdifuser.store.georeference import Georeference, georeference_of, open_raster
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 SUFFIXES = (".jpg", ".jpeg", ".png", *TIFF_SUFFIXES)
@@ -53,7 +51,7 @@ def reading(path: Path) -> Iterator[None]:
         if not path.is_file():
             raise FileNotFoundError("no such file")
         yield
-    except (OSError, SyntaxError, ValueError, RasterioError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 
 
@@ -136,19 +134,6 @@ def decode(path: Path, modified_ns: int) -> Pixels:
     return bands, valid
 
 
-@contextmanager
-def open_raster(path: Path) -> Iterator[Any]:
-    """Open a raster with rasterio; a plain TIFF without georeference is as welcome as any.
-
-    Raises:
-        ImageError: the file is missing, or cannot be read while it is open.
-    """
-    with reading(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with rasterio.open(path) as dataset:
-            yield dataset
-
-
 def raster_window(window: Window) -> Any:
     """Return a window in rasterio's form."""
     row, col, height, width = window
@@ -166,13 +151,6 @@ def valid_pixels(dataset: Any, window: Window, nodata: float | None = None) -> N
         valid &= ~np.isnan(bands).any(axis=0)
         valid &= ~(bands == nodata).all(axis=0)
     return valid
-
-
-def georeference_of(dataset: Any) -> Georeference | None:
-    """Return CRS and transform of an open raster, or None where either is missing."""
-    if dataset.crs is None or dataset.transform.is_identity:
-        return None
-    return Georeference(dataset.crs.to_string(), tuple(dataset.transform)[:6])
 
 
 def parse_date(tags: dict[str, str]) -> str:
