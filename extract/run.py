@@ -6,6 +6,7 @@ on a batch, the encoding of the batch before, the writing of the shard before.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -201,6 +202,7 @@ def read_row(job: Job, source: Source, record: TileRecord) -> tuple[TileRow, Pre
         image_digest=prepared.digest,
         valid_share=float(tile.valid.mean()),
         padded=record.padded,
+        cloud_cover=math.nan if record.cloud_cover is None else record.cloud_cover,
         colour=colour_statistics(prepared.rgb),
         target=target,
         valid=tile.valid,
