@@ -29,7 +29,7 @@ from satdifuser.store.georeference import Georeference, georeference_of, open_ra
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 SUFFIXES = (".jpg", ".jpeg", ".png", *TIFF_SUFFIXES)
-# The first one found counts; those of GDAL's IMAGERY domain and of Sentinel-2 and Landsat products are among them
+# The first one found counts; those of GDAL's IMAGERY domain, of Sentinel-2 and of Landsat are among them
 # (https://gdal.org/user/raster_data_model.html#imagery-domain-remote-sensing)
 DATE_TAGS = (
     *("acquisitiondate", "acquisitiondatetime", "datetime", "product_start_time", "date_acquired"),
