@@ -6,6 +6,7 @@ same call goes on after an interruption.
 
 from __future__ import annotations
 
+import math
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -110,6 +111,12 @@ def grow(
 def _prepare(job: Job, old: FeatureStore, additions: Additions) -> Growth:
     old.require_complete()
     a = old.attributes
+    if a.labelled and additions.tiles and not additions.labels:
+        raise StoreError(
+            f"{old.path}: holds labels of {a.labelled['file']}, which --add-tiles would replace by its "
+            "source's; add "
+            f"--relabel, and then `satdifuser label {old.path} {a.labelled['file']}` again"
+        )
     job = _as_stored(fix_automatic(job, old.folder, overwrite=False), a)
     info = find_backbone(job.backbone_settings)
     image_size = info.image_size(job.settings.image_size, a.tile_size)
@@ -188,7 +195,9 @@ def _check_tiles(job: Job, old: FeatureStore, records: list[TileRecord], held: i
 
 def _record(row: TileRow, a: Attributes) -> TileRecord:
     place = Georeference(row.crs, row.transform) if row.crs else None
-    return TileRecord(row.tile_id, row.path, row.split, a.tile_size, georeference=place, date=row.date)  # type: ignore[arg-type]
+    clouds = None if math.isnan(row.cloud_cover) else row.cloud_cover
+    known = {"georeference": place, "date": row.date, "cloud_cover": clouds}
+    return TileRecord(row.tile_id, row.path, row.split, a.tile_size, **known)  # type: ignore[arg-type]
 
 
 def _grown(a: Attributes, whole: Work, records: list[TileRecord], source: Source | None) -> Attributes:

@@ -192,6 +192,7 @@ def new_attributes(
         previews=job.store.previews,
         latents=backbone.info.latent_shape(image_size) if job.store.latents else None,
         valid=True,
+        cloud_cover=True,
         colour_statistics=COLOUR_STATISTICS,
         backbone=_describe_backbone(job, backbone, records, image_size),
         feature_identity=identity,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,7 +83,18 @@ class ScenesSettings(ImageSettings):
     classes: Path | None = None
     vectors: VectorSettings = VectorSettings()
     split: AnySplit = RandomSplit()
+    date: str | None = None
+    cloud_cover: Share | None = None
     pad: bool = False
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def check_date(cls, date: Any) -> Any:
+        """Keep what YAML read as a date or time as text again."""
+        text = date.isoformat() if hasattr(date, "isoformat") else date
+        if isinstance(text, str):
+            datetime.fromisoformat(text)
+        return text
 
 
 class GeobenchSettings(ImageSettings):

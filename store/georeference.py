@@ -12,7 +12,7 @@ from typing import Any
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from satdifuser.errors import ImageError
+from satdifuser.errors import ImageError, SatDiFuserError
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ def open_raster(path: Path) -> Iterator[Any]:
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(path) as dataset:
                 yield dataset
+    except SatDiFuserError:
+        raise
     except (OSError, ValueError, RasterioError) as error:
         raise ImageError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 

@@ -74,6 +74,8 @@ def _create_tiles(root: zarr.Group, attributes: Attributes) -> None:
     _table(root, "tiles/transform", attributes, (6,), "float64", np.nan, ("coefficient",))
     _table(root, "tiles/valid_share", attributes, (), "float32", np.nan, ())
     _table(root, "tiles/padded", attributes, (), "bool", False, ())
+    if attributes.cloud_cover:
+        _table(root, "tiles/cloud_cover", attributes, (), "float32", np.nan, ())
     statistics = (len(attributes.colour_statistics),)
     _table(root, "tiles/colour", attributes, statistics, "float32", np.nan, ("statistic",))
     for name in attributes.partitions:

@@ -75,6 +75,7 @@ class Attributes(Settings):
     previews: bool
     latents: tuple[Channels, Side, Side] | None = None  # (C, h, w) where they are held
     valid: bool = False  # whether it says of each pixel of a tile if it holds data
+    cloud_cover: bool = False  # whether it says of each tile's image how much of it is under clouds
     colour_statistics: list[str]
     backbone: dict[str, Any]
     feature_identity: dict[str, Any]

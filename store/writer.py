@@ -63,6 +63,7 @@ class TileRow:
     transform: tuple[float, float, float, float, float, float] = NAN6
     valid_share: float = float("nan")
     padded: bool = False
+    cloud_cover: float = float("nan")  # 0 to 1, NaN where unknown
     skip_reason: str = ""  # why the tile has no features; "" where it has
     colour: Floats | None = None  # (statistic,)
     target: NDArray[np.generic] | None = None  # () int32 label, (classes,) uint8 labels or (H, W) uint8 mask
@@ -292,7 +293,8 @@ class StoreWriter:
         for name in ROW_TEXT_FIELDS:
             if f"tiles/{name}" not in LABEL_ARRAYS:
                 self._array(f"tiles/{name}")[here] = _texts(getattr(row, name) for row in rows)
-        for name in ("bounds", "transform", "valid_share", "padded"):
+        clouds = ("cloud_cover",) if self.attributes.cloud_cover else ()
+        for name in ("bounds", "transform", "valid_share", "padded", *clouds):
             self._array(f"tiles/{name}")[here] = np.array([getattr(row, name) for row in rows])
         missing = np.full(len(self.attributes.colour_statistics), np.nan, np.float32)
         colour = [missing if row.colour is None else row.colour for row in rows]

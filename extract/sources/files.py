@@ -29,7 +29,13 @@ from satdifuser.store.georeference import Georeference, georeference_of, open_ra
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 SUFFIXES = (".jpg", ".jpeg", ".png", *TIFF_SUFFIXES)
-DATE_TAGS = ("acquisitiondate", "datetime", "tifftag_datetime")  # the first one found counts
+# The first one found counts; those of GDAL's IMAGERY domain, of Sentinel-2 and of Landsat are among them
+# (https://gdal.org/user/raster_data_model.html#imagery-domain-remote-sensing)
+DATE_TAGS = (
+    *("acquisitiondate", "acquisitiondatetime", "datetime", "product_start_time", "date_acquired"),
+    "tifftag_datetime",
+)
+CLOUD_TAGS = ("cloudcover", "cloud_cover", "cloud_coverage_assessment", "eo:cloud_cover")  # in percent
 
 Pixels = tuple[NDArray[np.generic], NDArray[np.bool_]]  # image (B, H, W) as stored, valid (H, W)
 
@@ -42,6 +48,7 @@ class Header:
     band_names: tuple[str, ...]  # "" where unknown
     georeference: Georeference | None = None
     date: str = ""  # ISO 8601
+    cloud_cover: float | None = None  # 0 to 1
 
 
 @contextmanager
@@ -80,7 +87,9 @@ def read_header(path: Path) -> Header:
     if is_tiff(path):
         with open_raster(path) as dataset:
             names = tuple(name or "" for name in dataset.descriptions)
-            return Header(dataset.shape, names, georeference_of(dataset), parse_date(dataset.tags()))
+            tags = dataset.tags(ns="IMAGERY") | dataset.tags()
+            place, cloud_cover = georeference_of(dataset), parse_cloud_cover(tags)
+            return Header(dataset.shape, names, place, parse_date(tags), cloud_cover)
     with reading(path), Image.open(path) as image:
         return Header((image.height, image.width), image.getbands())
 
@@ -163,6 +172,19 @@ def parse_date(tags: dict[str, str]) -> str:
             except ValueError:
                 continue
     return ""
+
+
+def parse_cloud_cover(tags: dict[str, str]) -> float | None:
+    """Return the share of an image under clouds among a raster's tags, None where they do not say."""
+    by_name = {name.lower(): value.strip() for name, value in tags.items()}
+    for value in (by_name[name] for name in CLOUD_TAGS if name in by_name):
+        try:
+            percent = float(value)
+        except ValueError:
+            continue
+        if 0 <= percent <= 100:  # -1 and 999 stand for unknown
+            return percent / 100
+    return None
 
 
 def parse_tiff_date(text: str) -> datetime:

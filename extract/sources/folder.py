@@ -103,6 +103,7 @@ class FolderSource:
             listed=entry.listed,
             georeference=header.georeference,
             date=header.date,
+            cloud_cover=header.cloud_cover,
             valid_share=min(height * width / (size[0] * size[1]), 1.0),
             padded=(height, width) != size,
         )

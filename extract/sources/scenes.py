@@ -101,6 +101,7 @@ class ScenesSource:
             if self.settings.on_error == "fail":
                 raise
             return [replace(image, tile_id=f"{scene.stem}/0_0", window=(0, 0, *self.tile_size))]
+        header = self._told(header)
         grid = check_placed(scene, header)
         if self.labels:
             self.labels.check_overlap(scene, grid, header.size)
@@ -112,6 +113,15 @@ class ScenesSource:
         kept = [chip for chip in chips if chip.valid_share >= self.settings.min_valid]
         self.left_out += len(chips) - len(kept)
         return kept
+
+    def _told(self, header: Header) -> Header:
+        """A header with what the settings say instead of its tags."""
+        date, cloud_cover = self.settings.date, self.settings.cloud_cover
+        return replace(
+            header,
+            date=header.date if date is None else date,
+            cloud_cover=header.cloud_cover if cloud_cover is None else cloud_cover,
+        )
 
     def read(self, record: TileRecord) -> Tile:
         """Read one tile, all bands, with its labels if there are any.

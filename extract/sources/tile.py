@@ -34,6 +34,7 @@ class TileRecord:
     listed: str = ""  # line of the splits file that names it, for messages; "" where none does
     georeference: Georeference | None = None
     date: str = ""  # ISO 8601, "" where unknown
+    cloud_cover: float | None = None  # of its image, 0 to 1
     valid_share: float = 1.0  # share of the tile's pixels that hold data
     padded: bool = False
     partitions: Mapping[str, Split] = field(default_factory=dict, hash=False)  # by name, if there are several
