@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,19 @@ def open_run(path: Path) -> Run:
         return Run(path, json.loads((path / RUN_FILE).read_text()))
     except ValueError as error:
         raise RunError(f"{path / RUN_FILE}: is damaged: {error}; fit again with --overwrite") from error
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Run folders among these folders and directly in them, each once.
+
+    Raises:
+        RunError: a folder neither is a run nor holds one.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(file.parent for file in path.glob(f"*/{RUN_FILE}"))
+        found += inside or [open_run(path).path]
+    return list(dict.fromkeys(found))
 
 
 def save_run(

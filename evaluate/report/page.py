@@ -15,7 +15,7 @@ from satdifuser.evaluate.report.chapter import Request, make_chapters
 from satdifuser.evaluate.report.probes import PROBE_FILE, open_probe
 from satdifuser.evaluate.report.stores import Stores
 from satdifuser.evaluate.results import open_measured
-from satdifuser.fuse.run_folder import RUN_FILE, open_run
+from satdifuser.fuse.run_folder import RUN_FILE, find_runs
 from satdifuser.store.files import write_durably
 from satdifuser.store.location import Location
 
@@ -72,11 +72,8 @@ def find_reported(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     runs: list[Path] = []
     probes: list[Path] = []
     for path in paths:
-        inside = [path, *sorted(p for p in path.glob("*") if p.is_dir())]
-        runs_here = [p for p in inside if (p / RUN_FILE).is_file()]
-        probes_here = [p for p in inside if (p / PROBE_FILE).is_file()]
-        if not runs_here and not probes_here:
-            runs_here = [open_run(path).path]  # tells what a run is
-        runs += runs_here
-        probes += probes_here
+        swept = [folder for folder in (path, *sorted(path.glob("*"))) if (folder / PROBE_FILE).is_file()]
+        if not swept or any(path.glob(f"*/{RUN_FILE}")):
+            runs += find_runs([path])
+        probes += swept
     return list(dict.fromkeys(runs)), list(dict.fromkeys(probes))
