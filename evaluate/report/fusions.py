@@ -55,7 +55,7 @@ def weights_figure(run: Run) -> Figure:
     ]
     return Figure(
         "Weights of the global fusion",
-        heat_map(values, weights["layers"], timesteps, "layer ↓ timestep →", "{:.3f}".format, low=0.0),
+        heat_map(values, weights["layers"], timesteps, "layer ↓ timestep →", "{:.3f}".format),
         f"Weights that {run.info['name']} learned for each layer (rows, fine to coarse) and timestep "
         f"(columns). They sum to 1, equal ones would be {1 / values.size:.3f}; deeper means that the model "
         "relies on it more.",
@@ -125,7 +125,7 @@ def mean_gates(run: Run, gates: Sequence[Floats], command: str) -> Figure:
     columns = [str(timestep) for timestep in timesteps]
     return Figure(
         "Mean gates of the localized fusion",
-        heat_map(np.concatenate(parts), layers, columns, "layer ↓ timestep →", "{:.2f}".format, low=0.0),
+        heat_map(np.concatenate(parts), layers, columns, "layer ↓ timestep →", "{:.2f}".format),
         f"At every pixel {run.info['name']} shares 1 out among the layers and timesteps of a scale. Mean "
         f"over {len(gates[0])} tiles of val, as multiples of an equal share: 1 is as much as any other, 2 is "
         "twice as much.",

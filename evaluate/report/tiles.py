@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from satdifuser.evaluate.report.colours import IGNORED, Picture, colour_mask, exact_picture, palette, photo
 from satdifuser.evaluate.report.figure import Card, Cards, Figure, Missing
 from satdifuser.evaluate.report.runs import command_of
-from satdifuser.evaluate.results import predictions, reported_split, score
+from satdifuser.evaluate.results import predictions, score
 from satdifuser.fuse.run_folder import Run
 
 Preview = Callable[[str], NDArray[np.uint8] | None]
@@ -137,7 +137,7 @@ def cards_figure(title: str, cards: list[Card], words: str, run: Run) -> list[Fi
     masks = run.info["task"] == "segmentation"
     body = Cards(shown, wide=masks, legend=legend(run.info["classes"]) if masks else {})
     source = str(run.path / ("masks.npz" if masks else "predictions.parquet"))
-    return [Figure(title, body, f"Split {reported_split(run)}. {words}", command_of(run), source=source)]
+    return [Figure(title, body, words, command_of(run), source=source)]
 
 
 def legend(classes: list[str]) -> dict[str, str]:
