@@ -54,7 +54,7 @@ def main() -> None:
     for model in args.backbones:
         started = time.process_time()
         extractor = open_extractor(model, args.noising, train.images.shape[-2:])
-        scores = probe(lambda part: pool(extractor, part), train, val)
+        scores = probe(lambda part, e=extractor: pool(e, part), train, val)
         seconds = round(time.process_time() - started)
         print(
             json.dumps({"backbone": model, "noising": args.noising, **scores, "cpu_seconds": seconds}),
