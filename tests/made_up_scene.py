@@ -87,7 +87,7 @@ def scene_store(
         "classes": [],
         "tiles": len(offsets),
         "tile_size": (SIDE, SIDE),
-        "tiles_per_shard": 3,
+        "tiles_per_shard": 6,
         "timesteps": [21],
         "layers": [LAYER],
         "encoding": "float32",
