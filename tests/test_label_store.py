@@ -208,8 +208,8 @@ def test_labels_that_miss_are_refused_and_nothing_changes(store: FeatureStore, t
     path = write_vectors(tmp_path / "far.gpkg", [box(5000, 5000, 9, 9)], ["x"], "EPSG:4326")
     before = store.attributes
     told = refuse("label", store.path, path)
-    assert "far.gpkg: no tile gets a label: in its own EPSG:4326 it lies at (9.6" in told
-    assert "the tiles in EPSG:32632 at (500000, 4999680, 500320, 5000000)" in told
+    assert "far.gpkg: labels nothing here: in its own EPSG:4326 it lies at (9.6" in told
+    assert "what it should label in EPSG:32632 at (500000, 4999680, 500320, 5000000)" in told
     assert open_store(store.path).attributes == before
 
 
