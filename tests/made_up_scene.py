@@ -45,8 +45,7 @@ def write_vectors(
     column: str = "class",
     **more: Any,
 ) -> Path:
-    """Write shapes with their classes; where the CRS is another one than the scene's, they are taken "
-    "there."""
+    """Write shapes, given in the scene's CRS, with their classes in any CRS."""
     if crs not in (None, CRS):
         shapes = [
             shape and shapely.transform(shape, lambda xy: np.column_stack(transform(CRS, crs, *xy.T)))

@@ -22,8 +22,8 @@ from satdifuser.evaluate.maps.assess import pixel_areas
 from satdifuser.evaluate.maps.estimators import estimate
 from satdifuser.store.georeference import Georeference
 
-# Olofsson et al. 2014, table 8: rows and columns are deforestation, forest gain, stable forest, stable non-forest;
-# mapped areas in pixels of 30 m
+# Olofsson et al. 2014, table 8: deforestation, forest gain, stable forest and stable non-forest; mapped areas in
+# pixels of 30 m
 PUBLISHED = np.array([[66, 0, 5, 4], [0, 55, 8, 12], [1, 0, 153, 11], [2, 1, 9, 313]])
 MAPPED = np.array([200_000, 150_000, 3_200_000, 6_450_000]) * 0.09  # ha
 
@@ -51,8 +51,7 @@ def test_shares_add_up_and_a_sample_in_proportion_is_plain_accuracy(seed: int, c
 
 
 def test_intervals_hold_what_they_promise() -> None:
-    """95 % intervals of 400 drawn samples hold the truth about 95 times in 100, for every kind of "
-    "estimate."""
+    """Of 400 samples, 95 % intervals of every estimate hold the truth about 95 times in 100."""
     random, rows = np.random.default_rng(0), np.array([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.05, 0.05, 0.9]])
     mapped = np.array([100.0, 300.0, 600.0])
     truth = (mapped[:, None] * rows).sum(axis=0)
@@ -209,5 +208,5 @@ def test_errors(run: Path, tmp_path: Path) -> None:
         dataset.write(np.full((1, 40, 60), 7, np.uint8))
     told = refuse(*words, "--reference", path, "--map", map_path)
     assert "n.tif: holds the class number 7, expected 0 to 1, or 255 for no data" in told
-    nowhere = write_map(tmp_path / "w.tif", crs=None, transform=Affine.identity())
+    nowhere = write_map(tmp_path / "w.tif", crs=None)
     assert "w.tif: has no CRS or transform" in refuse(*words, "--reference", path, "--map", nowhere)
