@@ -22,7 +22,7 @@ from satdifuser.evaluate.maps.assess import pixel_areas
 from satdifuser.evaluate.maps.estimators import estimate
 from satdifuser.store.georeference import Georeference
 
-# Olofsson et al. 2014, table 8: deforestation, forest gain, stable forest and stable non-forest; mapped areas in
+# Olofsson et al. 2014, table 8: deforestation, forest gain, stable forest, stable non-forest; mapped areas in
 # pixels of 30 m
 PUBLISHED = np.array([[66, 0, 5, 4], [0, 55, 8, 12], [1, 0, 153, 11], [2, 1, 9, 313]])
 MAPPED = np.array([200_000, 150_000, 3_200_000, 6_450_000]) * 0.09  # ha
