@@ -335,14 +335,20 @@ def _assess(
 
 
 @cli.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", metavar="RUN|PROBE…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
-def report(runs: tuple[Path, ...], out: Path) -> None:
-    """Write one self-contained HTML page about some runs: their folders, or folders that hold them."""
-    from satdifuser.pipeline import report_runs
+@click.option(
+    "--store", "stores", multiple=True, type=StorePlace(), help="Where a moved store is; repeatable."
+)
+@click.option("--layers", metavar="NAMES", help="Layers to paint: names or patterns, commas between.")
+def report(folders: tuple[Path, ...], out: Path, stores: tuple[Location, ...], layers: str | None) -> None:
+    """Write one self-contained HTML page about runs and probes: their folders, or folders that hold them."""
+    from satdifuser.evaluate.report.page import write_report
+    from satdifuser.pipeline import command_line
 
     _check_output(out.parent, "-o")
-    click.echo(report_runs(list(runs), out))
+    patterns = layers.split(",") if layers else []
+    click.echo(write_report(folders, out, command_line(), stores, patterns))
 
 
 @cli.command("import-reference")
