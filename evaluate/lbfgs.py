@@ -81,9 +81,7 @@ def minimise(function: Function, start: Tensor, tolerance: float, steps: int) ->
     return Minimum(found, norms, step)
 
 
-def _descend(
-    function: Function, which: Tensor, point: Point, direction: Tensor
-) -> tuple[Point, Tensor]:
+def _descend(function: Function, which: Tensor, point: Point, direction: Tensor) -> tuple[Point, Tensor]:
     """Go along a direction (J', P), half as far wherever that does not descend; say where it does (J',)."""
     slope = torch.linalg.vecdot(point.gradients, direction)
     slack = ROUNDING * torch.finfo(slope.dtype).eps * point.values.abs()
