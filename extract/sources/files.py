@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ from satdifuser.extract.sources.tile import Georeference
 TIFF_SUFFIXES = (".tif", ".tiff")
 SUFFIXES = (".jpg", ".jpeg", ".png", *TIFF_SUFFIXES)
 DATE_TAGS = ("acquisitiondate", "datetime", "tifftag_datetime")  # the first one found counts
+
+OPENING = Lock()  # warnings are silenced for the whole process, so by one thread at a time
 
 Pixels = tuple[NDArray[np.generic], NDArray[np.bool_]]  # image (B, H, W) as stored, valid (H, W)
 
@@ -124,7 +127,7 @@ def count_valid(path: Path, windows: Sequence[Window], nodata: float | None = No
         return [int(valid_pixels(dataset, window, nodata).sum()) for window in windows]
 
 
-@lru_cache(maxsize=2)  # an image and its mask: consecutive tiles are cut from the same two
+@lru_cache(maxsize=8)  # an image and its mask for each thread: consecutive tiles are cut from the same two
 def decode(path: Path, modified_ns: int) -> Pixels:
     """Decode a whole JPEG or PNG; the time of change keeps the cache honest."""
     with Image.open(path) as image:
@@ -143,9 +146,11 @@ def open_raster(path: Path) -> Iterator[Any]:
     Raises:
         ImageError: the file is missing, or cannot be read while it is open.
     """
-    with reading(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with rasterio.open(path) as dataset:
+    with reading(path):
+        with OPENING, warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            dataset = rasterio.open(path)
+        with dataset:
             yield dataset
 
 

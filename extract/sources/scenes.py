@@ -46,6 +46,7 @@ class ScenesSource:
         self.ignore_value = IGNORE
         self.splits = splits_of_shares(settings.split) if self.class_list else ()
         self.left_out = 0
+        self.thread_safe = True
 
     def records(self) -> list[TileRecord]:
         """List the tiles of all scenes, scene by scene and row by row, with a seeded random split.
