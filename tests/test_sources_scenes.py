@@ -276,7 +276,10 @@ def test_errors_of_settings(labelled: Path) -> None:
     message = raised(SettingsError, open_labelled, labelled, classes=Path("nowhere"))
     assert "nowhere: no such class list; name one in source.classes" in message
     message = raised(SettingsError, open_labelled, labelled, labels=Path("nowhere"))
-    assert "source.labels: nowhere is missing; expected a label raster, a file of polygons or points, or a" in message
+    assert (
+        "source.labels: nowhere is missing; expected a label raster, a file of polygons or points, or a"
+        in message
+    )
 
 
 def test_errors_of_labels(labelled: Path) -> None:
