@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -143,9 +142,9 @@ def attempt(title: str, make: Callable[[], Sequence[Figure]]) -> Figures:
 
 def painted_layers(fitted: Sequence[Run], swept: Sequence[Probe], request: Request) -> Figures:
     """Some layers in false colours: those asked for, or of each stride the one that tells most."""
-    source = (*swept, *fitted)[0]
+    info = (swept or fitted)[0].info
     try:
-        store = request.stores.of(source.info["store"])
+        store = request.stores.of(info["store"])
     except SatDiFuserError as error:
         return [Missing("Layers in false colours", str(error))]
     if request.layers:
@@ -153,7 +152,7 @@ def painted_layers(fitted: Sequence[Run], swept: Sequence[Probe], request: Reque
         inputs = [(timestep, name) for name in names for timestep in store.attributes.timesteps]
     else:
         inputs = features.telling_inputs(store, scores(fitted, swept, store))
-    partition = str(source.info.get("partition", store.attributes.partition))
+    partition = str(info.get("partition", store.attributes.partition))
     return attempt(
         "Layers in false colours",
         lambda: [features.pca_figure(store, partition, inputs, request.command)],
@@ -191,7 +190,7 @@ def preview_of(run: Run, request: Request) -> tiles.Preview:
         store = request.stores.of(run.info["store"])
     except SatDiFuserError:
         return lambda tile_id: None
-    rows = {str(name): int(row) for row, name in store.tiles.tile_id.items()}
+    rows = dict(zip(store.tiles.tile_id.astype(str), store.tiles.index, strict=True))
 
     def picture(tile_id: str) -> NDArray[np.uint8] | None:
         held = store.attributes.previews and tile_id in rows
@@ -223,9 +222,9 @@ def origin_figure(fitted: Sequence[Run], command: str) -> Figure:
 
 def facts_of(fitted: Sequence[Run], swept: Sequence[Probe], request: Request) -> dict[str, str]:
     """What the store of the first run or probe holds, or why that cannot be told."""
-    source: Any = (*fitted, *swept)[0]
+    info = (fitted or swept)[0].info
     try:
-        store = request.stores.of(source.info["store"])
-        return stores.facts(store, str(source.info.get("partition", store.attributes.partition)))
+        store = request.stores.of(info["store"])
+        return stores.facts(store, str(info.get("partition", store.attributes.partition)))
     except SatDiFuserError as error:
         return {"store": f"not at hand: {error}"}
