@@ -75,7 +75,15 @@ def make_chapters(fitted: Sequence[Run], swept: Sequence[Probe], request: Reques
         by_labels.setdefault(labels_of(run), ([], []))[0].append(run)
     for probe in swept:
         by_labels.setdefault(labels_of(probe), ([], []))[1].append(probe)
-    return [make_chapter(*members, request) for members in by_labels.values()]
+    plain = [title_of(members[0] or members[1]) for members in by_labels.values()]
+    titles = [  # the same store may have been labelled anew in between
+        f"{title}, labels {label[:8]}" if plain.count(title) > 1 else title
+        for title, label in zip(plain, by_labels, strict=True)
+    ]
+    return [
+        make_chapter(title, *members, request)
+        for title, members in zip(titles, by_labels.values(), strict=True)
+    ]
 
 
 def labels_of(source: Run | Probe) -> str:
@@ -83,7 +91,12 @@ def labels_of(source: Run | Probe) -> str:
     return str(source.info["store"]["hashes"]["labels"])
 
 
-def make_chapter(fitted: Sequence[Run], swept: Sequence[Probe], request: Request) -> Chapter:
+def title_of(sources: Sequence[Run] | Sequence[Probe]) -> str:
+    """The name of the store that runs or probes were fitted on, without its ending."""
+    return PurePosixPath(str(sources[0].info["store"]["path"])).stem
+
+
+def make_chapter(title: str, fitted: Sequence[Run], swept: Sequence[Probe], request: Request) -> Chapter:
     """The chapter of runs and probes that saw the same labels."""
     sections, answer = [], ""
     if fitted:
@@ -100,8 +113,6 @@ def make_chapter(fitted: Sequence[Run], swept: Sequence[Probe], request: Request
     sections.append(Section("What layers see", painted_layers(fitted, swept, request)))
     if fitted:
         sections += tiles_and_origin(groups, request)
-    record = (fitted or swept)[0].info["store"]
-    title = PurePosixPath(str(record["path"])).stem
     return Chapter(title, answer, [s for s in sections if s.figures], facts_of(fitted, swept, request))
 
 
