@@ -27,6 +27,7 @@ from satdifuser.extract.settings import (
     SyntheticSettings,
 )
 from satdifuser.fuse.settings import FitSettings
+from satdifuser.labels.settings import LabelSettings
 from satdifuser.store.settings import Settings, StoreSettings
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Pipeline(Settings):
     source: SourceSettings = SyntheticSettings()
     backbone: BackboneSettings = BackboneSettings()
     extract: ExtractSettings = ExtractSettings()
+    label: LabelSettings = LabelSettings()
     store: StoreSettings = StoreSettings()
     fit: FitSettings = FitSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
