@@ -286,11 +286,13 @@ def fit(
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN... [STORE]", type=StorePlace())
 @click.option("--compare", is_flag=True, help="Say how sure the difference between two runs is.")
+@click.option("--across", is_flag=True, help="Sum models up over several data sets, as GEO-Bench does.")
 @pipeline_options
 @json_option
 def evaluate(
     runs: tuple[Location, ...],
     compare: bool,
+    across: bool,
     config: Path | None,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -300,7 +302,7 @@ def evaluate(
     Of a folder that holds several runs only those that are best on val are measured: of each fusion one set
     of settings with all its seeds, and the baselines.
     """
-    from satdifuser.evaluate.chosen import choose_runs, split_store
+    from satdifuser.evaluate.chosen import choose_runs, ensure_all_evaluated, split_store
     from satdifuser.evaluate.chosen import evaluate as measure
     from satdifuser.evaluate.evaluation import format_metrics
     from satdifuser.evaluate.results import format_table, results_table
@@ -314,6 +316,13 @@ def evaluate(
         click.echo(json.dumps(found) if as_json else format_comparison(found))
         return
     chosen = choose_runs(folders)
+    if across:
+        from satdifuser.evaluate.across import across_datasets, format_across
+
+        ensure_all_evaluated(chosen, store, settings)
+        table = across_datasets(chosen, settings)
+        click.echo(table.to_json(orient="records") if as_json else format_across(table, settings.level))
+        return
     measured = {str(folder): measure(folder, store, settings) for folder in chosen}
     if len(chosen) == 1:
         (metrics,) = measured.values()

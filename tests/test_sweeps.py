@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from made_up import RANDOM_STEPS, random_row, random_store
+from made_up import RANDOM_STEPS, random_mask_row, random_store
 
 from satdifuser.errors import RunError, SettingsError
 from satdifuser.evaluate.evaluation import check_features, evaluate_run, new_outcome
@@ -27,7 +26,6 @@ from satdifuser.fuse.settings import FitSettings, SweepSettings
 from satdifuser.fuse.train import NewScorer, Training, run_epoch
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import LayerInfo
-from satdifuser.store.writer import TileRow
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
@@ -137,14 +135,8 @@ def test_networks_that_share_batches_end_where_each_ends_alone(store: FeatureSto
         assert alone.info["model_sha256"] == run.info["model_sha256"]
 
 
-def masked_row(number: int) -> TileRow:
-    row = random_row(number)
-    mask = np.random.default_rng(number).integers(0, 2, (16, 16)).astype(np.uint8)
-    return row if row.skip_reason else replace(row, target=mask)
-
-
 def test_masks_and_their_dropout_do_not_depend_on_company(tmp_path: Path) -> None:
-    store = random_store(tmp_path / "m.zarr", LAYERS, 24, row_of=masked_row, task="segmentation")
+    store = random_store(tmp_path / "m.zarr", LAYERS, 24, row_of=random_mask_row, task="segmentation")
     sweep = SweepSettings(fusion=["global", "concatenation"], head=["upernet", "linear"], **QUICK)
     candidates = expand(sweep, store)
     assert [one.name for one in candidates][:2] == ["global-upernet-seed0", "global-linear-seed0"]
