@@ -255,6 +255,20 @@ def extract(
 
 @cli.command()
 @store_argument
+@click.argument("labels", type=click.Path(path_type=Path))
+@pipeline_options
+def label(store: Location, labels: Path, config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Give a store's tiles the labels of a file of polygons, points or pixels; features stay as they are."""
+    from satdifuser.labels.relabel import label_store
+
+    labelled, notes = label_store(store, labels, _load(config, overrides).label)
+    for note in notes:
+        click.echo(note, err=True)
+    click.echo(labelled)
+
+
+@cli.command()
+@store_argument
 @pipeline_options
 @click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Train with the seeds 0 … N-1.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the runs.")
@@ -287,12 +301,16 @@ def fit(
 @click.argument("runs", nargs=-1, required=True, metavar="RUN... [STORE]", type=StorePlace())
 @click.option("--compare", is_flag=True, help="Say how sure the difference between two runs is.")
 @click.option("--across", is_flag=True, help="Sum models up over several data sets, as GEO-Bench does.")
+@click.option("--reference", type=click.Path(path_type=Path), help="Labels to assess a map of the run by.")
+@click.option("--map", "map_path", type=click.Path(path_type=Path), help="The map, of `satdifuser predict`.")
 @pipeline_options
 @json_option
 def evaluate(
     runs: tuple[Location, ...],
     compare: bool,
     across: bool,
+    reference: Path | None,
+    map_path: Path | None,
     config: Path | None,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -301,14 +319,21 @@ def evaluate(
 
     Of a folder that holds several runs only those that are best on val are measured: of each fusion one set
     of settings with all its seeds, and the baselines.
+
+    With --reference and --map: the accuracy of a map of the run and the areas of its classes, from labels of
+    a part of it.
     """
     from satdifuser.evaluate.chosen import choose_runs, ensure_all_evaluated, split_store
     from satdifuser.evaluate.chosen import evaluate as measure
     from satdifuser.evaluate.evaluation import format_metrics
     from satdifuser.evaluate.results import format_table, results_table
 
-    settings = _load(config, overrides).evaluate
+    pipeline = _load(config, overrides)
+    settings = pipeline.evaluate
     folders, store = split_store(runs)
+    if reference or map_path:
+        _assess(folders[0], reference, map_path, pipeline, as_json)
+        return
     if compare:
         from satdifuser.evaluate.comparison import compare_runs, format_comparison
 
@@ -331,20 +356,47 @@ def evaluate(
         click.echo(json.dumps(measured) if as_json else format_table(results_table(chosen)))
 
 
+def _assess(
+    run_folder: Path, reference: Path | None, map_path: Path | None, pipeline: Pipeline, as_json: bool
+) -> None:
+    """Print how good a map is."""
+    from satdifuser.evaluate.maps.assess import assess_map, format_assessment
+
+    if not reference or not map_path:
+        raise SettingsError(
+            f"{'--map' if reference else '--reference'}: missing; name both, the map by `satdifuser predict "
+            f"{run_folder} SCENE -o MAP.tif` and labels to assess it by"
+        )
+    found = assess_map(run_folder, map_path, reference, pipeline.label, pipeline.evaluate.level)
+    for note in found["notes"]:
+        click.echo(note, err=True)
+    click.echo(json.dumps(found) if as_json else format_assessment(found))
+
+
 @cli.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--split", type=click.Choice(["test", "val"]), default="test", show_default=True)
+@click.argument("folders", metavar="RUN|PROBE…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
-def report(runs: tuple[Path, ...], split: str, out: Path) -> None:
-    """Write one self-contained HTML page about some runs: their folders, or folders that hold them.
+@click.option("--split", type=click.Choice(["test", "val"]), default="test", show_default=True)
+@click.option(
+    "--store", "stores", multiple=True, type=StorePlace(), help="Where a moved store is; repeatable."
+)
+@click.option("--layers", metavar="NAMES", help="Layers to paint: names or patterns, commas between.")
+def report(
+    folders: tuple[Path, ...], out: Path, split: str, stores: tuple[Location, ...], layers: str | None
+) -> None:
+    """Write one self-contained HTML page about runs and probes: their folders, or folders that hold them.
 
     Of a folder that holds several runs those that are best on val are shown; what is not yet measured on
     the split is.
     """
-    from satdifuser.pipeline import report_runs
+    from satdifuser.evaluate.chosen import ensure_reported
+    from satdifuser.evaluate.report.page import write_report
+    from satdifuser.pipeline import command_line
 
     _check_output(out.parent, "-o")
-    click.echo(report_runs(list(runs), out, split))
+    ensure_reported(folders, split, stores)
+    patterns = layers.split(",") if layers else []
+    click.echo(write_report(folders, out, command_line(), stores, patterns))
 
 
 @cli.command("import-reference")

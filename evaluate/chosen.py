@@ -9,7 +9,7 @@ from typing import Any
 
 from satdifuser.evaluate.baselines import evaluate_baseline
 from satdifuser.evaluate.evaluation import evaluate_run, is_evaluated
-from satdifuser.evaluate.results import group_seeds, mean, open_runs
+from satdifuser.evaluate.results import group_seeds, mean, open_measured
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse.run_folder import RUN_FILE, Run, find_runs, open_run
 from satdifuser.store.location import Location
@@ -19,9 +19,14 @@ from satdifuser.store.reader import open_store
 def split_store(places: Sequence[Location]) -> tuple[list[Path], Location | None]:
     """Runs, and the store behind the last of them if the last place is none or holds none."""
     last = places[-1]
-    is_run = isinstance(last, Path) and ((last / RUN_FILE).is_file() or any(last.glob(f"*/{RUN_FILE}")))
+    is_run = isinstance(last, Path) and holds_runs(last)
     runs = list(places if is_run or len(places) == 1 else places[:-1])
     return [Path(place) for place in runs], None if len(runs) == len(places) else last
+
+
+def holds_runs(path: Path) -> bool:
+    """Whether a folder is a run or has runs in it."""
+    return (path / RUN_FILE).is_file() or any(path.glob(f"*/{RUN_FILE}"))
 
 
 def choose_runs(paths: Sequence[Path]) -> list[Path]:
@@ -38,13 +43,14 @@ def choose_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def best_of_each(folders: Sequence[Path]) -> list[Path]:
-    """Of each fusion and baseline the runs (all seeds) that are best on val, in the order given.
+    """Of each fusion and baseline of a store the runs (all seeds) that are best on val, in the order given.
 
     So the reported split is read for one set of settings each, and it has no part in their choice.
     """
     best: dict[str, list[Run]] = {}
-    for group in group_seeds(open_runs(folders, "val")):
-        kind = json.dumps([group[0].info[name] for name in ("kind", "fusion")])
+    for group in group_seeds(open_measured(folders, "val")):
+        info = group[0].info
+        kind = json.dumps([info["kind"], info["fusion"], info["store"]["hashes"], group[0].partition])
         if kind not in best or mean(group, "val") > mean(best[kind], "val"):
             best[kind] = group
     kept = {run.path for group in best.values() for run in group}
@@ -59,12 +65,21 @@ def ensure_all_evaluated(folders: Sequence[Path], store: Location | None, settin
             evaluate(folder, store, settings)
 
 
-def ensure_reported(folders: Sequence[Path], split: str) -> None:
-    """Measure runs on a split where that is not the one they report, otherwise as they were measured."""
-    for folder in folders:
-        held = open_run(folder).metrics["evaluate"]
+def ensure_reported(paths: Sequence[Path], split: str, stores: Sequence[Location] = ()) -> None:
+    """Measure what a report shows on a split where that is not the one they report.
+
+    Args:
+        paths: Run folders and folders that hold such; what holds none is passed over.
+        split: test or val.
+        stores: Where feature stores are now, if not where they were at the fit.
+    """
+    given = {open_store(place).attributes.planned.feature: place for place in stores}
+    for folder in choose_runs([path for path in paths if holds_runs(path)]):
+        run = open_run(folder)
+        held = run.metrics["evaluate"]
         if held["split"] != split:
-            evaluate(folder, None, EvaluateSettings.model_validate(held | {"split": split}))
+            settings = EvaluateSettings.model_validate(held | {"split": split})
+            evaluate(folder, given.get(run.info["store"]["hashes"]["feature"]), settings)
 
 
 def evaluate(folder: Path, store: Location | None, settings: EvaluateSettings) -> dict[str, Any]:

@@ -41,7 +41,9 @@ def results_table(runs: Sequence[Path], split: str | None = None) -> pd.DataFram
     Raises:
         RunError: A run folder is incomplete, or the runs differ in task, partition, split or level.
     """
-    return tabulate(group_seeds(open_runs(runs, split)), split)
+    opened = open_measured(runs, split)
+    check_comparable(opened, split)
+    return tabulate(group_seeds(opened), split)
 
 
 def format_table(table: pd.DataFrame) -> str:
@@ -60,8 +62,8 @@ def choice_sentence(table: pd.DataFrame) -> str:
     return f"* chosen: highest {metric} on val among {among}. The test split had no part in the choice."
 
 
-def open_runs(folders: Sequence[Path], split: str | None = None) -> list[Run]:
-    """Open run folders and see that they can stand in one table of a split (None: the one they report)."""
+def open_measured(folders: Sequence[Path], split: str | None = None) -> list[Run]:
+    """Open run folders and see that they are whole, and measured on a split (None: the one they report)."""
     runs = [open_run(folder) for folder in folders]
     for run in runs:
         metrics, path = run.metrics, run.path / METRICS_FILE
@@ -69,12 +71,16 @@ def open_runs(folders: Sequence[Path], split: str | None = None) -> list[Run]:
         require(path, metrics, ["evaluate"])
         for needed in ("val", split or reported_split(run)):
             require(f"{path}, {needed},", metrics.get(needed, {}), [main_metric(run)])
+    return runs
+
+
+def check_comparable(runs: Sequence[Run], split: str | None = None) -> None:
+    """Refuse runs that cannot stand in one table of a split (None: the one they report)."""
     check_alike("task", {run.path: run.info["task"] for run in runs})
     check_alike("partition", {run.path: run.partition for run in runs})
     if split is None:
         check_alike("evaluate.split", {run.path: reported_split(run) for run in runs})
     check_alike("evaluate.level", {run.path: run.metrics["evaluate"]["level"] for run in runs})
-    return runs
 
 
 def predictions(run: Run, columns: list[str]) -> pd.DataFrame:

@@ -14,10 +14,11 @@ from typing import get_args
 
 from satdifuser.errors import StoreError
 from satdifuser.extract.backbone import BackboneInfo, find_backbone
-from satdifuser.extract.job import Job, fix_automatic, plan_layers, tile_size
+from satdifuser.extract.job import Job, fix_automatic, plan_layers, tile_size, tiles_per_shard
 from satdifuser.extract.noising import inversion_grid, resolve_timesteps
 from satdifuser.extract.sources import list_tiles, open_source
 from satdifuser.extract.sources.tile import Source, TileRecord
+from satdifuser.store.layout import packed_width
 from satdifuser.store.reader import FeatureStore, is_store
 from satdifuser.store.schema import LayerInfo, bytes_per_tile, contents_hash, kept_layers
 from satdifuser.store.settings import Encoding
@@ -63,6 +64,11 @@ class Plan:
         return [record for start, stop in ranges for record in self.records[start:stop]]
 
     @property
+    def tiles_per_shard(self) -> int:
+        """Tiles of a shard, for a store that is yet to be made."""
+        return tiles_per_shard(self.job, self.kept, len(self.records))
+
+    @property
     def passes_per_tile(self) -> int:
         """How often a tile goes through the U-Net."""
         settings = self.job.settings
@@ -89,9 +95,10 @@ class Plan:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of one tile's row in all tables, with its mask or labels."""
-        mask = math.prod(tile_size(self.records)) if self.source.task == "segmentation" else 0
-        return ROW_BYTES + mask + len(self.source.classes)
+        """Bytes of one tile's row in all tables, with its mask or labels, and which pixels hold data."""
+        height, width = tile_size(self.records)
+        mask = height * width if self.source.task == "segmentation" else 0
+        return ROW_BYTES + mask + height * packed_width(width) + len(self.source.classes)
 
     def total_bytes(self, encoding: Encoding, tiles: int) -> int:
         """Bytes that so many tiles take."""
