@@ -21,11 +21,12 @@ from torch import Tensor
 
 from satdifuser.cli import cli
 from satdifuser.errors import RunError, StoreError
-from satdifuser.evaluate.evaluation import evaluate_run, measure
+from satdifuser.evaluate.evaluation import evaluate_run, new_outcome
 from satdifuser.evaluate.results import RUN_FIELDS, results_table
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.extract.noising import inversion_grid
 from satdifuser.fuse.data import as_feature_maps
+from satdifuser.fuse.fit import fit
 from satdifuser.fuse.fusion import FeatureMaps, GlobalFusion, LocalizedFusion, MoEFusion
 from satdifuser.fuse.heads import LinearHead, UPerNetHead
 from satdifuser.fuse.network import Network
@@ -33,7 +34,7 @@ from satdifuser.fuse.reference import export_reference, import_reference
 from satdifuser.fuse.reference_file import ReferenceConfig, read_checkpoint
 from satdifuser.fuse.run_folder import load_weights, open_run
 from satdifuser.fuse.settings import FitSettings
-from satdifuser.fuse.train import fit, load_network
+from satdifuser.fuse.train import load_network
 from satdifuser.store.encoding import encode
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import LayerInfo, group_layers
@@ -322,7 +323,7 @@ def test_features_that_were_made_in_another_way_are_noted(tmp_path: Path) -> Non
 def test_an_imported_run_stands_beside_a_fitted_one(store: FeatureStore, tmp_path: Path) -> None:
     theirs = import_reference(save(make_checkpoint(), tmp_path / "c.pth"), tmp_path / "theirs", store)
     settings = FitSettings(projection=PROJECTION, norm_groups=32, epochs=1, device="cpu")
-    ours = fit(store, settings, "global", 0, tmp_path / "ours", measure)
+    ours = fit(store, settings, "global", 0, tmp_path / "ours", new_outcome)
     for run in (theirs, ours):
         evaluate_run(run.path, None, EvaluateSettings(bootstrap=5))
     table = results_table([theirs.path, ours.path])
@@ -345,7 +346,7 @@ def test_weights_of_our_own_run_load_under_the_released_names(
     fusion: Any, store: FeatureStore, tmp_path: Path
 ) -> None:
     settings = FitSettings(projection=16, norm_groups=4, epochs=1, warmup_steps=0, device="cpu")
-    run = fit(store, settings, fusion, 0, tmp_path / "run", measure)
+    run = fit(store, settings, fusion, 0, tmp_path / "run", new_outcome)
     network, _, _ = load_network(run, store)
     parts = {"global": GlobalFusion, "localized": LocalizedFusion, "moe": MoEFusion}
     options = {"warmup_steps": 0} if fusion == "moe" else {}
