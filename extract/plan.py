@@ -18,6 +18,7 @@ from satdifuser.extract.job import Job, fix_automatic, plan_layers, tile_size, t
 from satdifuser.extract.noising import inversion_grid, resolve_timesteps
 from satdifuser.extract.sources import list_tiles, open_source
 from satdifuser.extract.sources.tile import Source, TileRecord
+from satdifuser.store.layout import packed_width
 from satdifuser.store.reader import FeatureStore, is_store
 from satdifuser.store.schema import LayerInfo, bytes_per_tile, contents_hash, kept_layers
 from satdifuser.store.settings import Encoding
@@ -94,9 +95,10 @@ class Plan:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of one tile's row in all tables, with its mask or labels."""
-        mask = math.prod(tile_size(self.records)) if self.source.task == "segmentation" else 0
-        return ROW_BYTES + mask + len(self.source.classes)
+        """Bytes of one tile's row in all tables, with its mask or labels, and which pixels hold data."""
+        height, width = tile_size(self.records)
+        mask = height * width if self.source.task == "segmentation" else 0
+        return ROW_BYTES + mask + height * packed_width(width) + len(self.source.classes)
 
     def total_bytes(self, encoding: Encoding, tiles: int) -> int:
         """Bytes that so many tiles take."""

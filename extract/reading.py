@@ -5,6 +5,7 @@ What the store keeps of an image beside its features (colours, digest, preview, 
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -128,8 +129,10 @@ def read_row(job: Job, source: Source, record: TileRecord) -> tuple[TileRow, Pre
         image_digest=prepared.digest,
         valid_share=float(tile.valid.mean()),
         padded=record.padded,
+        cloud_cover=math.nan if record.cloud_cover is None else record.cloud_cover,
         colour=colour_statistics(prepared.rgb),
         target=target,
+        valid=tile.valid,
         preview=preview(prepared.rgb) if job.store.previews else None,
         **_place(record),
     )

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,7 +32,8 @@ from satdifuser.extract.reading import read_ahead, read_row
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.store.files import discard
-from satdifuser.store.reader import FeatureStore
+from satdifuser.store.reader import FeatureStore, is_store
+from satdifuser.store.schema import Attributes
 from satdifuser.store.writer import StoreWriter, open_or_create
 
 SHOWN_SKIPPED = 10
@@ -64,6 +66,8 @@ def extract(job: Job, out: Path, overwrite: bool = False, ignore_free_space: boo
     attributes = new_attributes(
         work.job, plan.source, plan.records, work.extractor.backbone, plan.image_size, plan.layers
     )
+    if not overwrite and is_store(out):
+        attributes = keep_labels(attributes, FeatureStore(out).attributes)
     with open_or_create(out, attributes, overwrite) as writer:
         refuse_changed(
             FeatureStore(out), plan.records, lambda record: read_row(plan.job, plan.source, record)[0]
@@ -117,8 +121,28 @@ def _fill(work: Work, source: Source, records: Sequence[TileRecord], writer: Sto
             computed = compute_shard(work, tiles, stop - start, values, encoding, writing.check)
             if not warning and (warning := values.warning()):
                 tqdm.write(warning, file=sys.stderr)
+            if writer.attributes.labelled:
+                computed.rows = [
+                    replace(row, target=None, split="none", partitions={}) for row in computed.rows
+                ]
             note = {"seconds": round(time.monotonic() - began, 3), "batch_size": work.batch_size}
             writing.hand(partial(_write, writer, bar, shard, computed, note))
+    if missing and (labelled := writer.attributes.labelled):
+        print(
+            f"{len(todo)} tiles that were extracted now have no label; give the store its labels again: "
+            "`satdifuser label "
+            f"STORE {labelled['file']}`",
+            file=sys.stderr,
+        )
+
+
+def keep_labels(asked: Attributes, held: Attributes) -> Attributes:
+    """What an extraction asks of a store that was labelled since: the same, but for the labels."""
+    if not held.labelled:
+        return asked
+    names = ("task", "classes", "ignore_value", "partition", "partitions", "labelled")
+    planned = asked.planned.model_copy(update={"labels": held.planned.labels})
+    return asked.model_copy(update={name: getattr(held, name) for name in names} | {"planned": planned})
 
 
 def _write(

@@ -27,6 +27,7 @@ ROW_TEXT_FIELDS = (
 )
 TEXT_FIELDS = (*ROW_TEXT_FIELDS, "digest")
 SPLITS = ("none", "train", "val", "test")  # index = stored code
+LABEL_ARRAYS = ("targets", "tiles/partitions", "tiles/target_digest")  # what another labelling changes
 UNLABELLED = {"classification": -1, "multilabel": 255}  # value of every label of a tile without one
 
 
@@ -34,6 +35,11 @@ def target_array(task: str | None) -> str | None:
     """Name of the array that holds a task's targets; None where there are none."""
     names = {"classification": "label", "multilabel": "labels", "segmentation": "mask"}
     return None if task is None else f"targets/{names[task]}"
+
+
+def packed_width(width: int) -> int:
+    """Bytes of a row of ``width`` pixels of which each is one bit."""
+    return -(-width // 8)
 
 
 def create_arrays(root: zarr.Group, attributes: Attributes) -> None:
@@ -47,6 +53,9 @@ def create_arrays(root: zarr.Group, attributes: Attributes) -> None:
     if attributes.latents:
         dimensions = ("latent_channel", "latent_y", "latent_x")  # those of the features have other lengths
         _table(root, "latents", attributes, attributes.latents, "float32", np.nan, dimensions)
+    if attributes.valid:
+        height, width = attributes.tile_size
+        _table(root, "valid", attributes, (height, packed_width(width)), "uint8", 0, ("y", "x_octet"))
     root.create_array(
         "commits",
         shape=(attributes.shards,),
@@ -65,6 +74,8 @@ def _create_tiles(root: zarr.Group, attributes: Attributes) -> None:
     _table(root, "tiles/transform", attributes, (6,), "float64", np.nan, ("coefficient",))
     _table(root, "tiles/valid_share", attributes, (), "float32", np.nan, ())
     _table(root, "tiles/padded", attributes, (), "bool", False, ())
+    if attributes.cloud_cover:
+        _table(root, "tiles/cloud_cover", attributes, (), "float32", np.nan, ())
     statistics = (len(attributes.colour_statistics),)
     _table(root, "tiles/colour", attributes, statistics, "float32", np.nan, ("statistic",))
     for name in attributes.partitions:

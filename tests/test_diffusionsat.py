@@ -19,7 +19,8 @@ from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.layers import select_layers
 from satdifuser.extract.metadata import FIELDS, Metadata, missing_fields, normalise, tile_metadata
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings
-from satdifuser.extract.sources.tile import Georeference, TileRecord
+from satdifuser.extract.sources.tile import TileRecord
+from satdifuser.store.georeference import Georeference
 
 IDS = ["a", "b", "c"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"

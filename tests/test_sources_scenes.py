@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from rasterio.warp import transform
 
 from satdifuser.errors import ImageError, SatDiFuserError, SettingsError, SourceError
-from satdifuser.extract.settings import ScenesSettings, SplitShares
+from satdifuser.extract.settings import ScenesSettings
 from satdifuser.extract.sources import Source, list_tiles, open_source
-from satdifuser.extract.sources.classes import IGNORE
 from satdifuser.extract.sources.grid import offsets, windows
-from satdifuser.extract.sources.labels import check_overlap
-from satdifuser.extract.sources.tile import Georeference
+from satdifuser.labels.classes import IGNORE
+from satdifuser.labels.rasters import check_overlap
+from satdifuser.labels.settings import SplitShares
+from satdifuser.store.georeference import Georeference
 
 LEFT, TOP = 500000, 5000000
 ALL_TRAIN = SplitShares(train=1, val=0, test=0)
