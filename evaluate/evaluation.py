@@ -191,7 +191,7 @@ def evaluate_run(folder: Path, store_path: Location | None, settings: EvaluateSe
     previous_test_reads(run)  # a damaged count is told before test is read once more
     store = open_store(store_path or run.info["store"]["path"])
     check_features(run, store)
-    network, statistics, fit_settings = load_network(run, store)
+    network, statistics, fit_settings = load_network(run)
     rows = labelled(store, settings.split, run.partition)
     outcome = new_outcome(store, spread_positions(len(rows), settings.pictures))
     device = next(network.parameters()).device

@@ -14,14 +14,12 @@ from dataclasses import astuple, dataclass, fields
 from datetime import datetime
 
 import torch
-from rasterio.crs import CRS
-from rasterio.warp import transform
 from torch import Tensor
 
 from satdifuser.errors import SourceError
-from satdifuser.extract.sources.tile import Georeference, TileRecord
+from satdifuser.extract.sources.tile import TileRecord
+from satdifuser.store.place import centre, ground_distance
 
-METRES_PER_DEGREE = 111_195.0  # along a meridian of a sphere of 6,371 km
 FIRST_YEAR, LAST_YEAR = 1980, 2100
 
 
@@ -95,30 +93,12 @@ def tile_metadata(record: TileRecord, image_size: tuple[int, int]) -> Metadata:
     """
     longitude = latitude = gsd = None
     if record.georeference is not None:
-        longitude, latitude = centre(record.georeference, record.size)
+        place = record.georeference
+        longitude, latitude = centre(place.crs, place.transform, record.size)
         shrunk = min(record.size) / min(
             image_size
         )  # file pixels per pixel seen, as in DiffusionSat's training
-        gsd = ground_distance(record.georeference, latitude) * shrunk
+        gsd = ground_distance(place.crs, place.transform, latitude) * shrunk
     taken = datetime.fromisoformat(record.date) if record.date else None
     date = (taken.year, taken.month, taken.day) if taken else (None, None, None)
     return Metadata(longitude, latitude, gsd, None, *date)
-
-
-def centre(place: Georeference, size: tuple[int, int]) -> tuple[float, float]:
-    """Longitude and latitude in degrees of the centre of a (H, W) px grid."""
-    a, b, c, d, e, f = place.transform
-    row, col = size[0] / 2, size[1] / 2
-    x, y = a * col + b * row + c, d * col + e * row + f
-    (longitude,), (latitude,) = transform(CRS.from_string(place.crs), CRS.from_epsg(4326), [x], [y])
-    return float(longitude), float(latitude)
-
-
-def ground_distance(place: Georeference, latitude: float) -> float:
-    """Metres per pixel: the square root of a pixel's area."""
-    a, b, _, d, e, _ = place.transform
-    area = abs(a * e - b * d)
-    crs = CRS.from_string(place.crs)
-    if crs.is_geographic:
-        return math.sqrt(area * math.cos(math.radians(latitude))) * METRES_PER_DEGREE
-    return math.sqrt(area) * float(crs.linear_units_factor[1])

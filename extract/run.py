@@ -170,7 +170,7 @@ def compute_shard(
         if waiting and (len(waiting) == work.job.settings.batch_size or position == len(records)):
             before_batch()
             ids = [tile_id for tile_id, _ in waiting]
-            clean, maps = _compute_batch(work, waiting)
+            clean, maps = compute_batch(work, waiting)
             latents |= zip(ids, clean, strict=True)
             batches.append(encoding.hand(partial(encode_batch, work, ids, maps)))
             waiting = []
@@ -217,7 +217,7 @@ def _place(record: TileRecord) -> dict[str, Any]:
     return {"crs": place.crs, "transform": place.transform, "bounds": place.bounds(*record.size)}
 
 
-def _compute_batch(work: Work, tiles: Sequence[tuple[str, Floats]]) -> tuple[Floats, list[Floats]]:
+def compute_batch(work: Work, tiles: Sequence[tuple[str, Floats]]) -> tuple[Floats, list[Floats]]:
     """The latents (B, c, h, w) and the maps of a batch, one (B, T, C, H, W) array per layer."""
     ids = [tile_id for tile_id, _ in tiles]
     rgb = resize(torch.from_numpy(np.stack([image for _, image in tiles])), work.image_size)

@@ -23,6 +23,7 @@ from satdifuser.store.batches import BatchReader
 from satdifuser.store.encoding import Floats
 from satdifuser.store.layout import UNLABELLED
 from satdifuser.store.reader import FeatureStore, Indices, Stored
+from satdifuser.store.schema import LayerInfo, group_layers
 
 STATISTICS_TILES = 256
 LOADED_AT_ONCE = 64  # tiles on their way to the device
@@ -77,8 +78,9 @@ class MapLoader:
         """Yield (maps, targets, positions) over an order of positions 0 … N-1 of `rows`."""
         parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         standard = None if statistics is None else Standard(statistics, self.device)
+        layers = self.store.attributes.layers
         for chosen, stored in zip(parts, self._stored(parts), strict=True):
-            maps = as_feature_maps(self.store, decode(self.store, stored), standard)
+            maps = as_feature_maps(layers, decode(layers, stored), standard)
             targets = None if self._targets is None else torch.from_numpy(self._targets[chosen]).long()
             yield maps, targets, chosen
 
@@ -193,14 +195,18 @@ def to_tensors(stored: Stored, device: torch.device) -> Tensors:
     }
 
 
-def decode(store: FeatureStore, stored: Tensors) -> dict[str, Tensor]:
+def decode(layers: Sequence[LayerInfo], stored: Tensors) -> dict[str, Tensor]:
     """Decode stored arrays as `satdifuser.store.encoding.decode` does.
+
+    Args:
+        layers: The store's layer table.
+        stored: Its arrays.
 
     Returns:
         Group to (B, T, L, C, H, W) float32, in memory of its own.
     """
-    layers = store.attributes.layers
-    return {g: _decode(arrays, layers[store.groups[g][0]].width) for g, arrays in stored.items()}
+    groups = group_layers(layers)
+    return {g: _decode(arrays, layers[groups[g][0]].width) for g, arrays in stored.items()}
 
 
 def _decode(arrays: Mapping[str, Tensor], width: int) -> Tensor:
@@ -215,20 +221,20 @@ def _decode(arrays: Mapping[str, Tensor], width: int) -> Tensor:
     return maps
 
 
-def as_feature_maps(store: FeatureStore, maps: dict[str, Tensor], standard: Standard | None) -> FeatureMaps:
+def as_feature_maps(
+    layers: Sequence[LayerInfo], maps: dict[str, Tensor], standard: Standard | None
+) -> FeatureMaps:
     """Lay out decoded groups as stride -> one (B, T, C, H, W) tensor per layer, in table order."""
     by_position: dict[int, Tensor] = {}
-    for group, held in store.groups.items():
+    for group, held in group_layers(layers).items():
         values = maps[group] if standard is None else standard.apply(group, maps[group])
         for i, position in enumerate(held):
             by_position[position] = values[:, :, i]
-    layers = store.attributes.layers
     strides = sorted({layer.stride for layer in layers})
     return {s: [by_position[p] for p, layer in enumerate(layers) if layer.stride == s] for s in strides}
 
 
-def channels_by_stride(store: FeatureStore) -> dict[int, list[int]]:
+def channels_by_stride(layers: Sequence[LayerInfo]) -> dict[int, list[int]]:
     """Stride -> the width of each layer, in table order, finest first."""
-    layers = store.attributes.layers
     strides: Sequence[int] = sorted({layer.stride for layer in layers})
     return {s: [layer.channels for layer in layers if layer.stride == s] for s in strides}

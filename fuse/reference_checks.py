@@ -118,7 +118,7 @@ def find_place(name: str, selection: Mapping[str, Mapping[str, Any]]) -> tuple[i
 
 def check_widths(checkpoint: ReferenceCheckpoint, store: FeatureStore) -> None:
     """Refuse a store whose layers, or for the mixture of experts scales, are not as many and as wide."""
-    channels, state = channels_by_stride(store), checkpoint.state
+    channels, state = channels_by_stride(store.attributes.layers), checkpoint.state
     if checkpoint.config.fuser == "moe":
         what, found = "scales", read_widths(state, "scale_moes", "gate_network.0.weight")
         expected = [sum(channels[stride]) for stride in sorted(channels)]

@@ -37,6 +37,7 @@ from satdifuser.fuse.run_folder import (
     save_run,
 )
 from satdifuser.fuse.settings import FitSettings, FusionName
+from satdifuser.store.place import typical_pixel_size
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import differing_fields
 
@@ -268,7 +269,7 @@ def describe_run(
         state: Its weights that are kept.
     """
     a = store.attributes
-    projection, norm_groups = choose_widths(channels_by_stride(store), settings)
+    projection, norm_groups = choose_widths(channels_by_stride(a.layers), settings)
     head = HEADS[a.task] if a.task else None
     partition = store.choose_partition(settings.partition)
     return {
@@ -283,6 +284,8 @@ def describe_run(
         "ignore_value": a.ignore_value,
         "timesteps": a.timesteps,
         "layers": [layer.model_dump() for layer in a.layers],
+        "feature_identity": a.feature_identity,
+        "pixel_size_m": typical_pixel_size(store),
         "store": {"path": str(store.path), "hashes": store.hashes().model_dump()},
         "fit": settings.model_dump(mode="json"),
         "resolved": {
@@ -342,15 +345,17 @@ def new_network(
     if a.task is None:
         raise SettingsError(f"{store.path}: holds no targets to fit to")
     return build_network(
-        fusion, channels_by_stride(store), len(a.timesteps), len(a.classes), a.task, settings, variant
+        fusion, channels_by_stride(a.layers), len(a.timesteps), len(a.classes), a.task, settings, variant
     )
 
 
-def load_network(run: Run, store: FeatureStore) -> tuple[Network, Statistics | None, FitSettings]:
-    """Rebuild a run's network with its weights, in evaluation mode."""
-    settings = FitSettings.model_validate(run.info["fit"])
-    variant = Variant(**run.info.get("variant", {}))  # of a run that was imported
-    network = new_network(store, settings, run.info["fusion"], variant)
+def load_network(run: Run) -> tuple[Network, Statistics | None, FitSettings]:
+    """Rebuild a run's network with its weights, in evaluation mode; no store is needed."""
+    info = run.info
+    settings = FitSettings.model_validate(info["fit"])
+    variant = Variant(**info.get("variant", {}))  # of a run that was imported
+    channels, steps, classes = channels_by_stride(run.layers), len(info["timesteps"]), len(info["classes"])
+    network = build_network(info["fusion"], channels, steps, classes, info["task"], settings, variant)
     state, statistics = load_weights(run)
     network.load_state_dict(state)
     # not the device of the fit: a run made on a GPU is used on machines without one
