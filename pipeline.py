@@ -120,7 +120,7 @@ def load_run(predictor: Predictor, scene: Path, overrides: Sequence[str] = ()) -
     raw["source"] = {
         "kind": "scenes",
         "root": str(scene),
-        "tile_size": tile_size,
+        "tile_size": predictor.tile_size,
         "min_valid": ANY_PIXEL,
     } | images
     raw["backbone"] |= {"device": "auto"}  # a run made on a GPU is used on machines without one

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from satdifuser.errors import SettingsError, StoreError
 
-MOST_EMPTY = 1000  # cells of a grid for each tile
+MOST_EMPTY = 1000  # as much ground as that of all tiles, which a grid through them may span
 Window = tuple[int, int, int, int]  # (row, col, height, width)
 
 
@@ -83,7 +83,8 @@ def regular_grid(places: NDArray[np.int64], tile: tuple[int, int]) -> TileGrid:
         StoreError: they are strewn, so that a grid through them would be all but empty or too fine.
     """
     starts = [_regular_starts(column.tolist()) for column in places.T]
-    endless = len(starts[0]) * len(starts[1]) > MOST_EMPTY * len(places)
+    extent = [s[-1] - s[0] + side for s, side in zip(starts, tile, strict=True)]
+    endless = math.prod(extent) > MOST_EMPTY * len(places) * math.prod(tile)
     if endless or any(len(s) > 1 and 2 * s.step < side for s, side in zip(starts, tile, strict=True)):
         raise StoreError(
             f"the {len(places)} tiles of {tile[0]} x {tile[1]} px lie on no regular grid, and make no one "
