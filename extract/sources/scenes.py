@@ -21,6 +21,7 @@ from satdifuser.extract.sources.grid import parse_size
 from satdifuser.extract.sources.labels import check_overlap, find_labels, warp_labels
 from satdifuser.extract.sources.splits import draw_splits, splits_of_shares
 from satdifuser.extract.sources.tile import Georeference, Task, Tile, TileRecord
+from satdifuser.store.place import crosses_antimeridian
 
 
 class ScenesSource:
@@ -133,9 +134,19 @@ def read_label_classes(settings: ScenesSettings) -> ClassList | None:
 
 
 def check_placed(scene: Path, header: Header) -> Georeference:
-    """Return CRS and transform of a scene, raise SourceError if it has none."""
+    """Return CRS and transform of a scene.
+
+    Raises:
+        SourceError: it has none, or reaches across the antimeridian.
+    """
     if header.georeference is None:
         raise SourceError(
             f"{scene}: no CRS or transform; georeference it, or use source.kind: folder for plain images"
         )
-    return header.georeference
+    place = header.georeference
+    if crosses_antimeridian(place.crs, place.transform, header.size):
+        raise SourceError(
+            f"{scene}: reaches across the antimeridian (180 degrees east or west) or around a pole, where "
+            "longitudes leap; cut it there into two scenes, e.g. by `gdal_translate -projwin`"
+        )
+    return place
