@@ -14,6 +14,7 @@ Importing is quick: torch, diffusers and zarr load when they are needed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from inspect import signature
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from satdifuser.store.reader import FeatureStore
 
 __version__ = version("satdifuser")
-__all__ = ["extract", "fit", "open_run", "open_store"]
+__all__ = ["extract", "fit", "label", "open_run", "open_store"]
 
 
 def open_store(path: str | Path) -> FeatureStore:
@@ -123,6 +124,39 @@ def extract(
     settings = validate_settings(sections, "satdifuser.extract")
     job = Job(settings.source, settings.backbone, settings.extract, settings.store)
     return run_extraction(job, Path(out), overwrite)
+
+
+def label(store: FeatureStore | str | Path, labels: str | Path, **settings: Any) -> FeatureStore:
+    """Give a store's tiles the labels of a file of polygons, points or pixels; features stay as they are.
+
+    Args:
+        store: A store or its folder.
+        labels: A GeoPackage, GeoJSON or Shapefile, or a raster of class ids.
+        settings: Fields of the `label` section, e.g. ``column="crop", touch="all"``.
+
+    Returns:
+        The labelled store, in the old one's place.
+
+    Raises:
+        SettingsError: naming every wrong setting at once; file, column or class list are missing.
+        LabelError: the labels cannot be placed, miss all tiles, or are of unknown classes.
+        StoreError: the store is incomplete or damaged.
+
+    Example::
+
+        split = {"kind": "spatial_blocks", "size_m": 2000, "buffer_m": 200}
+        store = satdifuser.label("scene.zarr", "fields.gpkg", column="crop", split=split)
+    """
+    from satdifuser.labels.relabel import label_store
+    from satdifuser.pipeline import validate_settings
+    from satdifuser.store.reader import FeatureStore
+
+    pipeline = validate_settings({"label": settings}, "satdifuser.label")
+    place = store.path if isinstance(store, FeatureStore) else Path(store)
+    labelled, notes = label_store(place, Path(labels), pipeline.label)
+    for note in notes:
+        print(note, file=sys.stderr)
+    return labelled
 
 
 def fit(

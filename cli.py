@@ -255,6 +255,20 @@ def extract(
 
 @cli.command()
 @store_argument
+@click.argument("labels", type=click.Path(path_type=Path))
+@pipeline_options
+def label(store: Location, labels: Path, config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Give a store's tiles the labels of a file of polygons, points or pixels; features stay as they are."""
+    from satdifuser.labels.relabel import label_store
+
+    labelled, notes = label_store(store, labels, _load(config, overrides).label)
+    for note in notes:
+        click.echo(note, err=True)
+    click.echo(labelled)
+
+
+@cli.command()
+@store_argument
 @pipeline_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the runs.")
 @overwrite_option
@@ -276,16 +290,48 @@ def fit(
 @cli.command()
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("store", required=False, type=StorePlace())
+@click.option("--reference", type=click.Path(path_type=Path), help="Labels to assess a map of the run by.")
+@click.option("--map", "map_path", type=click.Path(path_type=Path), help="The map, of `satdifuser predict`.")
 @pipeline_options
 @json_option
 def evaluate(
-    run_folder: Path, store: Location | None, config: Path | None, overrides: tuple[str, ...], as_json: bool
+    run_folder: Path,
+    store: Location | None,
+    reference: Path | None,
+    map_path: Path | None,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
 ) -> None:
-    """Measure a run on the test split of its store, or of another one with the same features."""
+    """Measure a run on the test split of its store, or of another one with the same features.
+
+    With --reference and --map: the accuracy of a map of the run and the areas of its classes, from labels of
+    a part of it.
+    """
     from satdifuser.evaluate.evaluation import evaluate_run, format_metrics
 
+    if reference or map_path:
+        _assess(run_folder, reference, map_path, _load(config, overrides), as_json)
+        return
     metrics = evaluate_run(run_folder, store, _load(config, overrides).evaluate)
     click.echo(json.dumps(metrics) if as_json else format_metrics(run_folder, metrics))
+
+
+def _assess(
+    run_folder: Path, reference: Path | None, map_path: Path | None, pipeline: Pipeline, as_json: bool
+) -> None:
+    """Print how good a map is."""
+    from satdifuser.evaluate.maps.assess import assess_map, format_assessment
+
+    if not reference or not map_path:
+        raise SettingsError(
+            f"{'--map' if reference else '--reference'}: missing; name both, the map by `satdifuser predict "
+            f"{run_folder} SCENE -o MAP.tif` and labels to assess it by"
+        )
+    found = assess_map(run_folder, map_path, reference, pipeline.label, pipeline.evaluate.level)
+    for note in found["notes"]:
+        click.echo(note, err=True)
+    click.echo(json.dumps(found) if as_json else format_assessment(found))
 
 
 @cli.command()
@@ -339,14 +385,20 @@ def predict(
 
 
 @cli.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", metavar="RUN|PROBE…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
-def report(runs: tuple[Path, ...], out: Path) -> None:
-    """Write one self-contained HTML page about some runs: their folders, or folders that hold them."""
-    from satdifuser.pipeline import report_runs
+@click.option(
+    "--store", "stores", multiple=True, type=StorePlace(), help="Where a moved store is; repeatable."
+)
+@click.option("--layers", metavar="NAMES", help="Layers to paint: names or patterns, commas between.")
+def report(folders: tuple[Path, ...], out: Path, stores: tuple[Location, ...], layers: str | None) -> None:
+    """Write one self-contained HTML page about runs and probes: their folders, or folders that hold them."""
+    from satdifuser.evaluate.report.page import write_report
+    from satdifuser.pipeline import command_line
 
     _check_output(out.parent, "-o")
-    click.echo(report_runs(list(runs), out))
+    patterns = layers.split(",") if layers else []
+    click.echo(write_report(folders, out, command_line(), stores, patterns))
 
 
 @cli.command("import-reference")

@@ -34,6 +34,10 @@ class ImageError(SourceError):
     """One image or mask cannot be used; ``on_error: skip`` leaves its tile out."""
 
 
+class LabelError(SatDiFuserError, ValueError):
+    """Labels cannot be read or placed, miss the tiles, or name classes that nobody knows."""
+
+
 class BackboneError(SatDiFuserError, ValueError):
     """A backbone folder is incomplete, or does not fit the request."""
 

@@ -27,14 +27,11 @@ from satdifuser.extract.settings import (
     SyntheticSettings,
 )
 from satdifuser.fuse.settings import FitSettings
+from satdifuser.labels.settings import LabelSettings
 from satdifuser.store.settings import Settings, StoreSettings
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from satdifuser.evaluate.maps.predict import Request
-    from satdifuser.evaluate.report import ReportStore
     from satdifuser.fuse.predictor import Predictor
     from satdifuser.store.location import Location
     from satdifuser.store.reader import FeatureStore
@@ -61,6 +58,7 @@ class Pipeline(Settings):
     source: SourceSettings = SyntheticSettings()
     backbone: BackboneSettings = BackboneSettings()
     extract: ExtractSettings = ExtractSettings()
+    label: LabelSettings = LabelSettings()
     store: StoreSettings = StoreSettings()
     fit: FitSettings = FitSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -257,6 +255,7 @@ def run_pipeline(pipeline: Pipeline, overwrite: bool = False, ignore_free_space:
     Returns:
         The results table and the paths of what was written, for the terminal.
     """
+    from satdifuser.evaluate.report.page import write_report
     from satdifuser.evaluate.results import format_table, results_table
     from satdifuser.extract.job import Job
     from satdifuser.extract.run import extract
@@ -264,7 +263,7 @@ def run_pipeline(pipeline: Pipeline, overwrite: bool = False, ignore_free_space:
     job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
     store = extract(job, pipeline.store_path, overwrite, ignore_free_space)
     runs = fit_all(store, pipeline, pipeline.output / "runs", overwrite)
-    page = report_runs(runs, pipeline.output / "report.html")
+    page = write_report(runs, pipeline.output / "report.html", command_line())
     paths = {"features": store.path, "runs": pipeline.output / "runs", "report": page}
     written = "\n".join(f"{name:9} {path}" for name, path in paths.items())
     return f"{format_table(results_table(runs))}\n\n{written}"
@@ -295,58 +294,6 @@ def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bo
             ensure_evaluated(run, store, pipeline.evaluate)
             runs.append(path)
     return runs
-
-
-def report_runs(folders: Sequence[Path], out: Path) -> Path:
-    """Write the report page of some runs, with pictures from their store where it is still there.
-
-    Args:
-        folders: Run folders, and folders of runs.
-        out: Path of the HTML file.
-    """
-    from satdifuser.errors import SettingsError, StoreError
-    from satdifuser.evaluate.report import write_report
-    from satdifuser.fuse.run_folder import find_runs, open_run
-    from satdifuser.store.reader import open_store
-
-    runs = find_runs(folders)
-    first = open_run(runs[0])
-    try:
-        store = report_store(open_store(first.info["store"]["path"]), first.partition)
-    except (StoreError, SettingsError):  # gone, or another store without the run's partition
-        store = None
-    command = shlex.join(["satdifuser", *sys.argv[1:]])
-    return write_report(runs, out, "Diffusion features: what they can tell apart", store, command)
-
-
-def report_store(store: FeatureStore, partition: str) -> ReportStore:
-    """What the report shows of a store: facts in words, and previews by tile id."""
-    from satdifuser.evaluate.report import ReportStore
-
-    a = store.attributes
-    place = {name: row for row, name in store.tiles.tile_id.items()}
-    extraction, source = a.settings["extract"], a.settings["source"]
-    strides = ", ".join(map(str, sorted({layer.stride for layer in a.layers})))
-    facts = {
-        "source": f"{source['kind']} {source.get('root') or source.get('target', '')}".strip(),
-        "tiles": f"{a.tiles} of {a.tile_size[0]} x {a.tile_size[1]} px",
-        "splits": f"{store.splits_text(partition)} (partition {partition})",
-        "backbone": str(a.backbone["model"]),
-        "noising": f"{extraction['noising']}, timesteps {', '.join(map(str, a.timesteps))}",
-        "layers": f"{len(a.layers)}, at {strides} px per cell",
-        "encoding": f"{a.encoding}, {store.size_bytes() / 1e6:.1f} MB",
-        "feature hash": store.hashes().feature,
-    }
-
-    def preview(tile_id: str) -> NDArray[np.uint8] | None:
-        import numpy as np
-
-        if not a.previews or tile_id not in place:
-            return None
-        picture: NDArray[np.uint8] = store.previews(np.array([place[tile_id]]))[0]
-        return picture
-
-    return ReportStore(facts, preview)
 
 
 @dataclass(frozen=True)
@@ -418,10 +365,11 @@ def predict_scene(predictor: Predictor, path: Path, request: Request, how: Scene
     from satdifuser.extract.job import Job
     from satdifuser.extract.run import extract
     from satdifuser.extract.scene import tile_id
-    from satdifuser.extract.scene_job import open_scene, scene_features, scene_state
+    from satdifuser.extract.scene_job import open_scene, scene_features, scene_state, scenes_settings
 
-    scene = open_scene(path)
     pipeline = load_run(predictor, path, how.overrides)
+    settings = scenes_settings(pipeline.source)
+    scene = open_scene(path, settings)
     factor = scene.pixels_per_pixel(predictor.run.info.get("pixel_size_m"), how.resample)
     tile = scene.tile(predictor.tile_size, factor)
     overlap = how.overlap
@@ -433,7 +381,7 @@ def predict_scene(predictor: Predictor, path: Path, request: Request, how: Scene
     if how.store is not None:
         if factor != 1:
             raise SettingsError("--store: keeps features of the scene's own pixels; leave out --resample")
-        source = pipeline.source.model_copy(update={"overlap": overlap, "pad": True})
+        source = settings.model_copy(update={"overlap": overlap, "pad": True})
         store = extract(Job(source, pipeline.backbone, pipeline.extract, pipeline.store), how.store)
         return predict_store(predictor, store, request, facts)
     area = find_area(raster, request)
@@ -445,3 +393,8 @@ def predict_scene(predictor: Predictor, path: Path, request: Request, how: Scene
     if warning := features.values.warning():
         print(warning, file=sys.stderr)
     return made
+
+
+def command_line() -> str:
+    """The command that runs now, as it was typed."""
+    return shlex.join(["satdifuser", *sys.argv[1:]])

@@ -3,9 +3,10 @@
     python benchmarks/read_throughput.py [--shape sd|small] [--tiles 96] [--folder FOLDER]
 
 P is `os.preadv` of a raw float16 file of the same tiles. All ways of reading fill buffers that are made once,
-and take turns in one run; the figures are medians of the ratio to the first of the same turn. MB/s count the
-float16 bytes of the tiles, whatever the encoding, so 1.3 P means 1.3 times the tiles per second. Our reader
-checks every checksum. Cold: the page cache is emptied of the files before each batch, for all.
+and take turns of a few batches in one run; figures are medians of the ratio to the first of the same turn.
+MB/s count the float16 bytes of the tiles, whatever the encoding, so 1.3 P means 1.3 times the tiles per
+second. Our reader checks every checksum. Cold: the page cache is emptied of the files before each turn, for
+all. Training: forward, backward and step of the fusion that `fit` would train, fed from int8.
 """
 
 from __future__ import annotations
@@ -15,26 +16,36 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 import zarr
 from numpy.typing import NDArray
 
+from satdifuser.fuse.data import as_feature_maps, channels_by_stride, decode, to_tensors
+from satdifuser.fuse.network import build_network
+from satdifuser.fuse.settings import FitSettings
+from satdifuser.store.batches import BatchReader
 from satdifuser.store.encoding import decode_formula, encode
-from satdifuser.store.reader import FeatureStore
+from satdifuser.store.reader import FeatureStore, Stored
 from satdifuser.store.schema import Attributes, Hashes, LayerInfo, group_layers
 from satdifuser.store.settings import Encoding
 from satdifuser.store.writer import TileRow, open_or_create
 
 BATCH = 16
+TURN_BYTES = 2e8  # of tiles that each way reads in its turn: long enough for its own pace
+TRAINED = 8  # batches of a turn of training
 SHARD = 32
 SD = [(3, 1280, 64, 4), (6, 1280, 32, 8), (6, 640, 16, 16), (6, 320, 8, 32)]  # layers, channels, stride, side
 SMALL = [(21, 200, 8, 8)]  # 25 KB a layer in float16
 SHAPES = {"sd": SD, "small": SMALL}
-Read = Callable[[NDArray[np.intp]], object]
+Read = Callable[[NDArray[np.intp]], object]  # of one batch
+Pass = Callable[[Sequence[NDArray[np.intp]]], object]  # over several
 
 
 def main() -> None:
@@ -53,14 +64,24 @@ def main() -> None:
             f"{args.tiles} tiles of {per_tile / 1e6:.2f} MB, {len(layers)} layers; batches of {BATCH} tiles"
         )
         ways = whole_tiles(folder / "raw.bin", raw, stores)
-        compare("whole tiles, warm", ways, stores, folder, args, per_tile, cold=False)
+        compare("whole tiles, warm", each(ways), folder, args, per_tile, cold=False)
         own = {
             "P": plain(folder / "unmapped.bin", raw),
             **{n: ways[n] for n in ("ours float16", "ours int8")},
         }
-        compare("whole tiles, cold", own, stores, folder, args, per_tile, cold=True)
+        compare("whole tiles, cold", each(own), folder, args, per_tile, cold=True)
+        training = passes(folder, stores["int8"])
+        compare(
+            "training of a global fusion, warm",
+            training,
+            folder,
+            args,
+            per_tile,
+            False,
+            TRAINED * BATCH * per_tile,
+        )
         one = one_layer(raw, stores["float16"], layers)
-        compare("one layer, warm", one, stores, folder, args, per_tile // len(layers), cold=False)
+        compare("one layer, warm", each(one), folder, args, per_tile // len(layers), cold=False)
     finally:
         shutil.rmtree(folder)
 
@@ -69,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="sd", help="sd: 7 MB a tile; small: 25 KB a layer")
     parser.add_argument("--tiles", type=int, default=96)
-    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--turns", type=int, default=11)
     parser.add_argument("--folder", type=Path, help="where to write; default: the temporary folder")
     return parser.parse_args()
 
@@ -214,33 +235,74 @@ def one_layer(raw: NDArray[np.float16], store: FeatureStore, layers: list[LayerI
     return {"memmap": memmap, "ours float16": lambda rows: store.stored(rows, selection, buffers)}
 
 
+def each(ways: dict[str, Read]) -> dict[str, Pass]:
+    """Ways to read a batch as ways to read one batch after the other."""
+    return {name: lambda batches, r=read: [r(rows) for rows in batches] for name, read in ways.items()}
+
+
+def passes(folder: Path, store: FeatureStore) -> dict[str, Pass]:
+    """Ways to train a global fusion on batches of stored bytes."""
+    mapped: dict[str, dict[str, NDArray[Any]]] = {}
+    rows = np.arange(store.attributes.tiles)
+    for group, arrays in store.stored(rows).items():
+        mapped[group] = {}
+        for name, array in arrays.items():
+            path = folder / f"{group}-{name}.npy"
+            np.save(path, array)
+            mapped[group][name] = np.load(path, mmap_mode="r")
+    reader = BatchReader(store, rows)
+
+    network = build_network(
+        "global", channels_by_stride(store.attributes.layers), 1, 10, "classification", FitSettings()
+    )
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+
+    def use(stored: Stored) -> None:
+        maps = decode(store.attributes.layers, to_tensors(stored, torch.device("cpu")))
+        logits, _ = network(as_feature_maps(store.attributes.layers, maps, None))
+        optimizer.zero_grad()
+        F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)).backward()
+        optimizer.step()
+
+    def from_memmap(batches: Sequence[NDArray[np.intp]]) -> None:
+        for rows in batches:
+            use({group: {n: array[rows] for n, array in a.items()} for group, a in mapped.items()})
+
+    def from_store(batches: Sequence[NDArray[np.intp]]) -> None:
+        for stored in reader.batches(batches):
+            use(stored)
+
+    return {"memmap int8": from_memmap, "ours int8": from_store}
+
+
 def compare(
     title: str,
-    ways: dict[str, Read],
-    stores: dict[str, FeatureStore],
+    ways: dict[str, Pass],
     folder: Path,
     args: argparse.Namespace,
     tile_bytes: int,
     cold: bool,
+    turn_bytes: float = TURN_BYTES,
 ) -> None:
     """Time all ways in turn; print tiles per second and the median ratio to the first."""
     random, seconds = np.random.default_rng(1), {name: [] for name in ways}
+    count = max(1, round(turn_bytes / tile_bytes / BATCH))
     if not cold:
         warm(folder)
     for turn in range(args.turns + 1):
-        rows = random.permutation(args.tiles)[:BATCH]
+        batches = [random.permutation(args.tiles)[:BATCH] for _ in range(count)]
         for name, read in ways.items():
             if cold:
                 forget(folder)
             began = time.perf_counter()
-            read(rows)
+            read(batches)
             if turn:  # the first fills the caches
                 seconds[name].append(time.perf_counter() - began)
     first = seconds[next(iter(ways))]
     print(f"\n{title}")
     for name, taken in seconds.items():
         ratio = median(a / b for a, b in zip(first, taken, strict=True))
-        speed = BATCH / median(taken)
+        speed = BATCH * count / median(taken)
         print(f"  {name:22} {speed:9.0f} tiles/s  {speed * tile_bytes / 1e6:8.0f} MB/s  {ratio:5.2f}")
 
 

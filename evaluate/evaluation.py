@@ -2,13 +2,14 @@
 
 metrics.json          metrics on val (for choosing) and on the reported split, and how they were measured
 predictions.parquet   one row per tile of the reported split
-masks.npz             segmentation only: masks of some of these tiles, for pictures
+masks.npz             segmentation only: masks of some of these tiles and of the worst ones, for pictures
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +59,8 @@ class Outcome:
     """What became of the tiles of a split, gathered batch by batch.
 
     Classification keeps (N,) targets and (N, classes) probabilities, multilabel (N, classes) of both.
-    Segmentation keeps (N, classes, classes) confusion counts, and the masks of the tiles at the positions
-    `kept`.
+    Segmentation keeps (N, classes, classes) confusion counts, and the masks, predicted and true, of the
+    tiles at the positions `kept` and of as many others that have the lowest mIoU.
     """
 
     task: str
@@ -69,7 +70,8 @@ class Outcome:
     targets: list[NDArray[np.int64]] = field(default_factory=list)
     probabilities: list[NDArray[np.float32]] = field(default_factory=list)
     confusions: list[NDArray[np.int64]] = field(default_factory=list)
-    masks: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = field(default_factory=list)
+    masks: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = field(default_factory=dict)
+    worst: list[tuple[float, int]] = field(default_factory=list)
 
     def add(self, probabilities: NDArray[np.float32], targets: NDArray[np.int64]) -> None:
         """Take in the predictions of some tiles, see `satdifuser.fuse.train.Prediction`."""
@@ -78,9 +80,22 @@ class Outcome:
             self.probabilities.append(probabilities)
             return
         for predicted, target in zip(probabilities.argmax(1), targets, strict=True):
-            if len(self.confusions) in self.kept:
-                self.masks.append((predicted.astype(np.uint8), target.astype(np.uint8)))
-            self.confusions.append(confusion_matrix(target, predicted, self.classes, self.ignore_value))
+            confusion = confusion_matrix(target, predicted, self.classes, self.ignore_value)
+            if self.kept:
+                self._keep_masks(segmentation_metrics(confusion)["miou"], predicted, target)
+            self.confusions.append(confusion)
+
+    def _keep_masks(self, miou: float, predicted: NDArray[np.int64], target: NDArray[np.int64]) -> None:
+        """Keep the masks of the tile that is next, and let go of one that is no longer among the worst."""
+        position = len(self.confusions)
+        self.masks[position] = (predicted.astype(np.uint8), target.astype(np.uint8))
+        if position in self.kept:
+            return
+        self.worst.append((miou if math.isfinite(miou) else math.inf, position))  # NaN: nothing is labelled
+        self.worst.sort()
+        for _, better in self.worst[len(self.kept) :]:
+            del self.masks[better]
+        del self.worst[len(self.kept) :]
 
     def metrics(self) -> dict[str, float]:
         """Metrics over all tiles."""
@@ -246,9 +261,11 @@ def write_outcome(
     outcome.table(tile_ids, settings.split).to_parquet(buffer)
     write_durably(run.path / "predictions.parquet", buffer.getvalue())
     if outcome.masks:
-        predicted, target = (np.stack(masks) for masks in zip(*outcome.masks, strict=True))
+        positions = sorted(outcome.masks)
+        pairs = [outcome.masks[position] for position in positions]
+        predicted, target = (np.stack(masks) for masks in zip(*pairs, strict=True))
         buffer = io.BytesIO()
-        kept_ids = np.array([tile_ids[position] for position in outcome.kept])
+        kept_ids = np.array([tile_ids[position] for position in positions])
         np.savez_compressed(buffer, tile_id=kept_ids, predicted=predicted, target=target)
         write_durably(run.path / "masks.npz", buffer.getvalue())
     note_settings(run, settings)

@@ -39,7 +39,9 @@ def results_table(runs: Sequence[Path]) -> pd.DataFrame:
     Raises:
         RunError: A run folder is incomplete, or the runs differ in task, partition, split or level.
     """
-    return tabulate(group_seeds(open_runs(runs)))
+    opened = open_measured(runs)
+    check_comparable(opened)
+    return tabulate(group_seeds(opened))
 
 
 def format_table(table: pd.DataFrame) -> str:
@@ -58,8 +60,8 @@ def choice_sentence(table: pd.DataFrame) -> str:
     return f"* chosen: highest {metric} on val among {among}. The test split had no part in the choice."
 
 
-def open_runs(folders: Sequence[Path]) -> list[Run]:
-    """Open run folders and see that they can stand in one table."""
+def open_measured(folders: Sequence[Path]) -> list[Run]:
+    """Open run folders and see that they are whole."""
     runs = [open_run(folder) for folder in folders]
     for run in runs:
         metrics, path = run.metrics, run.path / METRICS_FILE
@@ -67,11 +69,15 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
         require(path, metrics, ["evaluate"])
         for split in ("val", reported_split(run)):
             require(f"{path}, {split},", metrics.get(split, {}), [main_metric(run)])
+    return runs
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Refuse runs that cannot stand in one table."""
     check_alike("task", {run.path: run.info["task"] for run in runs})
     check_alike("partition", {run.path: run.partition for run in runs})
     for name in ("split", "level"):
         check_alike(f"evaluate.{name}", {run.path: run.metrics["evaluate"][name] for run in runs})
-    return runs
 
 
 def predictions(run: Run, columns: list[str]) -> pd.DataFrame:

@@ -65,7 +65,7 @@ def refuse_changed(
             changed.append((row, f"image or mask (unusable now: {now.skip_reason})"))
         elif now.image_digest != images[row]:
             changed.append((row, f"image {records[row].path}"))
-        elif now.target_digest != targets[row]:
+        elif now.target_digest != targets[row] and not store.attributes.labelled:
             changed.append((row, f"mask {records[row].mask_path or records[row].path}"))
     if changed:
         row, what = changed[0]

@@ -6,6 +6,7 @@ same call goes on after an interruption.
 
 from __future__ import annotations
 
+import math
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -37,12 +38,12 @@ from satdifuser.extract.noising import check_timesteps
 from satdifuser.extract.plan import format_bytes, with_margin
 from satdifuser.extract.run import Work
 from satdifuser.extract.sources import list_tiles, open_source
-from satdifuser.extract.sources.tile import Georeference, Source, TileRecord
+from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.store.copy import tile_rows
-from satdifuser.store.files import discard, sync_folder
+from satdifuser.store.files import take_place
+from satdifuser.store.georeference import Georeference
 from satdifuser.store.lock import StoreLock
-from satdifuser.store.metadata import is_store
-from satdifuser.store.reader import FeatureStore
+from satdifuser.store.reader import FeatureStore, end_cut_off
 from satdifuser.store.schema import (
     Attributes,
     LayerInfo,
@@ -94,16 +95,13 @@ def grow(
     """
     beside = path.with_name(f".{path.name}.growing")
     with StoreLock(path):
-        if not path.exists() and is_store(beside) and not FeatureStore(beside).missing_shards():
-            beside.rename(path)  # an earlier growth was cut off in the last moment
+        end_cut_off(beside, path)
         growth = _prepare(job, FeatureStore(path), additions)
         if not ignore_free_space:
             _require_space(growth)
         with open_or_create(beside, growth.new, overwrite) as writer:
             fill(growth, writer)
-        discard(path)
-        beside.rename(path)
-        sync_folder(path.parent)
+        take_place(beside, path)
     return FeatureStore(path)
 
 
@@ -113,6 +111,12 @@ def grow(
 def _prepare(job: Job, old: FeatureStore, additions: Additions) -> Growth:
     old.require_complete()
     a = old.attributes
+    if a.labelled and additions.tiles and not additions.labels:
+        raise StoreError(
+            f"{old.path}: holds labels of {a.labelled['file']}, which --add-tiles would replace by its "
+            "source's; add "
+            f"--relabel, and then `satdifuser label {old.path} {a.labelled['file']}` again"
+        )
     job = _as_stored(fix_automatic(job, old.folder, overwrite=False), a)
     info = find_backbone(job.backbone_settings)
     image_size = info.image_size(job.settings.image_size, a.tile_size)
@@ -191,7 +195,9 @@ def _check_tiles(job: Job, old: FeatureStore, records: list[TileRecord], held: i
 
 def _record(row: TileRow, a: Attributes) -> TileRecord:
     place = Georeference(row.crs, row.transform) if row.crs else None
-    return TileRecord(row.tile_id, row.path, row.split, a.tile_size, georeference=place, date=row.date)  # type: ignore[arg-type]
+    clouds = None if math.isnan(row.cloud_cover) else row.cloud_cover
+    known = {"georeference": place, "date": row.date, "cloud_cover": clouds}
+    return TileRecord(row.tile_id, row.path, row.split, a.tile_size, **known)  # type: ignore[arg-type]
 
 
 def _grown(a: Attributes, whole: Work, records: list[TileRecord], source: Source | None) -> Attributes:
@@ -207,8 +213,9 @@ def _grown(a: Attributes, whole: Work, records: list[TileRecord], source: Source
             "task": source.task,
             "classes": list(source.classes),
             "ignore_value": source.ignore_value,
-            "partition": chosen_partition(job),
+            "partition": chosen_partition(job, records),
             "partitions": partition_names(records),
+            "labelled": {},
             "left_out": source.left_out,
         }
     update |= {

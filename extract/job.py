@@ -133,9 +133,9 @@ def partition_names(records: Sequence[TileRecord]) -> list[str]:
     return names
 
 
-def chosen_partition(job: Job) -> str:
-    """The partition that the source is asked for."""
-    return str(getattr(job.source_settings, "partition", DEFAULT_PARTITION))
+def chosen_partition(job: Job, records: Sequence[TileRecord]) -> str:
+    """The partition that the source is asked for, or else the first that it has."""
+    return str(getattr(job.source_settings, "partition", partition_names(records)[0]))
 
 
 def plan_layers(
@@ -179,7 +179,7 @@ def new_attributes(
         task=source.task,
         classes=list(source.classes),
         ignore_value=source.ignore_value,
-        partition=chosen_partition(job),
+        partition=chosen_partition(job, records),
         partitions=partition_names(records),
         tiles=len(records),
         left_out=source.left_out,
@@ -192,6 +192,7 @@ def new_attributes(
         previews=job.store.previews,
         latents=backbone.info.latent_shape(image_size) if job.store.latents else None,
         valid=True,
+        cloud_cover=True,
         colour_statistics=COLOUR_STATISTICS,
         backbone=_describe_backbone(job, backbone, records, image_size),
         feature_identity=identity,

@@ -34,7 +34,8 @@ def describe_tiles(source: Source, images: ImageSettings) -> Iterator[dict[str, 
     Yields:
         tile_id, path, split, splits by partition where there are several, size (H, W) px, bands, band_names,
         label as numbers, target summary, raw_means of all bands, prepared_means of red, green and blue in
-        [0, 1], clipped (share of their values that lay outside), bounds, crs, date, valid_share, padded; or
+        [0, 1], clipped (share of their values that lay outside), bounds, crs, date, cloud_cover (0 to 1),
+        valid_share, padded; or
         an ``error`` in place of what could not be read where ``on_error`` is skip.
     """
     values = ValueRange(images)
@@ -49,6 +50,7 @@ def describe_tiles(source: Source, images: ImageSettings) -> Iterator[dict[str, 
             "bounds": list(place.bounds(*record.size)) if place else None,
             "crs": place.crs if place else None,
             "date": record.date or None,
+            "cloud_cover": record.cloud_cover,
             "label": record.label,
             "padded": record.padded,
         }

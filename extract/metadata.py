@@ -85,7 +85,7 @@ def count_missing(records: Sequence[TileRecord], image_size: tuple[int, int]) ->
 
 
 def tile_metadata(record: TileRecord, image_size: tuple[int, int]) -> Metadata:
-    """Collect what a tile's georeference and date tell; its cloud cover is not known.
+    """Collect what a tile's georeference, date and cloud cover tell.
 
     Args:
         record: The tile.
@@ -93,12 +93,11 @@ def tile_metadata(record: TileRecord, image_size: tuple[int, int]) -> Metadata:
     """
     longitude = latitude = gsd = None
     if record.georeference is not None:
-        place = record.georeference
-        longitude, latitude = centre(place.crs, place.transform, record.size)
+        longitude, latitude = centre(record.georeference, record.size)
         shrunk = min(record.size) / min(
             image_size
         )  # file pixels per pixel seen, as in DiffusionSat's training
-        gsd = ground_distance(place.crs, place.transform, latitude) * shrunk
+        gsd = ground_distance(record.georeference, record.size) * shrunk
     taken = datetime.fromisoformat(record.date) if record.date else None
     date = (taken.year, taken.month, taken.day) if taken else (None, None, None)
-    return Metadata(longitude, latitude, gsd, None, *date)
+    return Metadata(longitude, latitude, gsd, record.cloud_cover, *date)

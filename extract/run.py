@@ -6,6 +6,7 @@ on a batch, the encoding of the batch before, the writing of the shard before.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +34,8 @@ from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.store.encoding import FORMS, encode
 from satdifuser.store.files import discard
-from satdifuser.store.reader import FeatureStore
-from satdifuser.store.schema import LayerInfo, group_layers
+from satdifuser.store.reader import FeatureStore, is_store
+from satdifuser.store.schema import Attributes, LayerInfo, group_layers
 from satdifuser.store.writer import Encoded, StoreWriter, TileRow, open_or_create
 
 SHOWN_SKIPPED = 10
@@ -68,6 +69,8 @@ def extract(job: Job, out: Path, overwrite: bool = False, ignore_free_space: boo
     attributes = new_attributes(
         plan.job, plan.source, plan.records, work.extractor.backbone, plan.image_size, plan.layers
     )
+    if not overwrite and is_store(out):
+        attributes = keep_labels(attributes, FeatureStore(out).attributes)
     with open_or_create(out, attributes, overwrite) as writer:
         refuse_changed(
             FeatureStore(out), plan.records, lambda record: read_row(plan.job, plan.source, record)[0]
@@ -118,9 +121,27 @@ def _fill(work: Work, source: Source, records: Sequence[TileRecord], writer: Sto
             rows, batches = compute_shard(work, source, records[start:stop], values, encoding, writing.check)
             if not warning and (warning := values.warning()):
                 tqdm.write(warning, file=sys.stderr)
+            if writer.attributes.labelled:
+                rows = [replace(row, target=None, split="none", partitions={}) for row in rows]
             seconds = round(time.monotonic() - began, 3)
             note = {"seconds": seconds, "batch_size": work.job.settings.batch_size}
             writing.hand(partial(_write, writer, bar, shard, rows, batches, note))
+    if missing and (labelled := writer.attributes.labelled):
+        print(
+            f"{todo} tiles that were extracted now have no label; give the store its labels again: "
+            "`satdifuser label "
+            f"STORE {labelled['file']}`",
+            file=sys.stderr,
+        )
+
+
+def keep_labels(asked: Attributes, held: Attributes) -> Attributes:
+    """What an extraction asks of a store that was labelled since: the same, but for the labels."""
+    if not held.labelled:
+        return asked
+    names = ("task", "classes", "ignore_value", "partition", "partitions", "labelled")
+    planned = asked.planned.model_copy(update={"labels": held.planned.labels})
+    return asked.model_copy(update={name: getattr(held, name) for name in names} | {"planned": planned})
 
 
 def _write(
@@ -201,6 +222,7 @@ def read_row(job: Job, source: Source, record: TileRecord) -> tuple[TileRow, Pre
         image_digest=prepared.digest,
         valid_share=float(tile.valid.mean()),
         padded=record.padded,
+        cloud_cover=math.nan if record.cloud_cover is None else record.cloud_cover,
         colour=colour_statistics(prepared.rgb),
         target=target,
         valid=tile.valid,

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from satdifuser.extract.images import Floats, band_positions, scale_to_rgb
 from satdifuser.extract.metadata import collect_metadata
 from satdifuser.extract.run import Work, compute_batch, encode_batch
-from satdifuser.extract.sources.files import Header, open_raster, raster_window, valid_pixels
+from satdifuser.extract.sources.files import Header, raster_window, valid_pixels
 from satdifuser.extract.sources.grid import pad_edge, pad_with, shift
 from satdifuser.extract.sources.tile import Tile, TileRecord
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.store.batches import read_ahead
+from satdifuser.store.georeference import open_raster
 from satdifuser.store.reader import Stored
 from satdifuser.store.tile_grid import TileGrid
 
@@ -114,6 +115,7 @@ class SceneFeatures:
             size=self.grid.tile,
             georeference=shift(self.header.georeference, top, left),
             date=self.header.date,
+            cloud_cover=self.header.cloud_cover,
         )
         prepared = scale_to_rgb(Tile(record, image, valid), self._chosen)
         self.values.add(prepared)

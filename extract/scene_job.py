@@ -17,12 +17,13 @@ from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.job import Job, feature_identity, fix_automatic, plan_layers
 from satdifuser.extract.run import Work
 from satdifuser.extract.scene import SceneFeatures, find_bands
-from satdifuser.extract.settings import ScenesSettings
-from satdifuser.extract.sources.files import Header, open_raster, read_header
+from satdifuser.extract.settings import ScenesSettings, SourceSettings
+from satdifuser.extract.sources.files import Header, read_header
 from satdifuser.extract.sources.grid import offsets, parse_size
-from satdifuser.extract.sources.scenes import check_placed
-from satdifuser.extract.sources.tile import Georeference, TileRecord
-from satdifuser.store.place import pixel_size
+from satdifuser.extract.sources.scenes import check_placed, told_header
+from satdifuser.extract.sources.tile import TileRecord
+from satdifuser.store.georeference import Georeference, open_raster
+from satdifuser.store.place import ground_distance
 from satdifuser.store.tile_grid import TileGrid
 
 TOLERATED = 1.5  # ratio of pixel sizes beyond which people are warned
@@ -40,7 +41,7 @@ class OpenScene:
     @property
     def pixel_size_m(self) -> float:
         """Metres per pixel at its centre."""
-        return pixel_size(self.place.crs, self.place.transform, self.header.size)
+        return ground_distance(self.place, self.header.size)
 
     def pixels_per_pixel(self, fitted_m: float | None, resample: str | None) -> float:
         """Pixels of the scene along a pixel that the backbone sees; 1 unless it is to be resampled.
@@ -86,8 +87,8 @@ class OpenScene:
         return TileGrid(tops, lefts, tile)
 
 
-def open_scene(path: Path) -> OpenScene:
-    """Open a scene.
+def open_scene(path: Path, settings: ScenesSettings) -> OpenScene:
+    """Open a scene, with the date and cloud cover that the settings may say.
 
     Raises:
         ImageError: it cannot be read.
@@ -97,7 +98,7 @@ def open_scene(path: Path) -> OpenScene:
     place = check_placed(path, header)
     with open_raster(path) as dataset:
         wkt = dataset.crs.to_wkt()
-    return OpenScene(path, header, place, wkt)
+    return OpenScene(path, told_header(header, settings), place, wkt)
 
 
 def scene_features(
@@ -118,9 +119,7 @@ def scene_features(
         ImageError: the scene lacks a band.
         SettingsError, BackboneError: the backbone is not there, or its settings do not fit.
     """
-    source = job.source_settings
-    if not isinstance(source, ScenesSettings):
-        raise SettingsError(f"source.kind: got {source.kind}, expected scenes")
+    source = scenes_settings(job.source_settings)
     find_bands(scene.path, scene.header, job.images.bands)
     job = fix_automatic(job, out, overwrite=False)
     info = find_backbone(job.backbone_settings)
@@ -133,6 +132,17 @@ def scene_features(
         SceneFeatures(work, scene.path, scene.header, grid, source.nodata),
         feature_identity(job, backbone, image_size, size),
     )
+
+
+def scenes_settings(settings: SourceSettings) -> ScenesSettings:
+    """The settings of a source, which must be of scenes.
+
+    Raises:
+        SettingsError: they are of another kind.
+    """
+    if not isinstance(settings, ScenesSettings):
+        raise SettingsError(f"source.kind: got {settings.kind}, expected scenes")
+    return settings
 
 
 def scene_state(scene: OpenScene) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,10 +15,10 @@ from pydantic import (
     PositiveInt,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from satdifuser.extract.geobench_datasets import RGB, SCALES
+from satdifuser.labels.settings import AnySplit, RandomSplit, Share, SplitShares, VectorSettings
 from satdifuser.store.settings import Settings
 
 
@@ -32,25 +33,7 @@ def parse_scale(value: Any) -> Any:
 
 
 Scale = Annotated[float, BeforeValidator(parse_scale), Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
-
-
-class SplitShares(Settings):
-    """Shares of a seeded random split."""
-
-    train: Share = 0.6
-    val: Share = 0.2
-    test: Share = 0.2
-    seed: NonNegativeInt = 0
-
-    @model_validator(mode="after")
-    def check_sum(self) -> SplitShares:
-        total = self.train + self.val + self.test
-        if abs(total - 1) > 1e-6:
-            shares = f"train {self.train:g} + val {self.val:g} + test {self.test:g}"
-            raise ValueError(f"{shares} must be 1, got {total:g}")
-        return self
 
 
 class ImageSettings(Settings):
@@ -98,8 +81,20 @@ class ScenesSettings(ImageSettings):
     nodata: float | None = None
     labels: Path | None = None
     classes: Path | None = None
-    split: SplitShares = SplitShares()
+    vectors: VectorSettings = VectorSettings()
+    split: AnySplit = RandomSplit()
+    date: str | None = None
+    cloud_cover: Share | None = None
     pad: bool = False
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def check_date(cls, date: Any) -> Any:
+        """Keep what YAML read as a date or time as text again."""
+        text = date.isoformat() if hasattr(date, "isoformat") else date
+        if isinstance(text, str):
+            datetime.fromisoformat(text)
+        return text
 
 
 class GeobenchSettings(ImageSettings):

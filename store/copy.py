@@ -36,7 +36,7 @@ from satdifuser.store.writer import Encoded, StoreWriter, TileRow, open_or_creat
 
 ALIKE = (
     *("task", "classes", "ignore_value", "tile_size", "partition", "partitions", "encoding", "previews"),
-    *("latents", "valid", "colour_statistics", "feature_identity"),
+    *("latents", "valid", "cloud_cover", "colour_statistics", "feature_identity"),
 )  # attributes in which two stores must agree to be joined
 
 
@@ -261,6 +261,7 @@ def tile_rows(store: FeatureStore, rows: Indices) -> list[TileRow]:
     digests = texts.pop("target_digest")
     numbers = {name: store.gather(f"tiles/{name}", rows) for name in ("bounds", "transform")}
     shares, padded = store.gather("tiles/valid_share", rows), store.gather("tiles/padded", rows)
+    clouds = store.gather("tiles/cloud_cover", rows) if a.cloud_cover else np.full(len(rows), np.nan)
     splits = {name: store.splits(name)[rows] for name in store.partitions()}
     colour, targets = store.colour(rows), store.targets(rows)
     previews = store.previews(rows) if a.previews else None
@@ -277,6 +278,7 @@ def tile_rows(store: FeatureStore, rows: Indices) -> list[TileRow]:
                 split=split[a.partition],
                 valid_share=float(shares[i]),
                 padded=bool(padded[i]),
+                cloud_cover=float(clouds[i]),
                 colour=colour[i],
                 target=targets[i] if targets is not None and digests[i] else None,
                 preview=None if previews is None else previews[i],

@@ -57,6 +57,19 @@ class DurableStore(LocalStore):
             digest.update(part)
         self.written[key] = (sum(len(part) for part in parts), digest.hexdigest())
 
+    def adopt(self, key: str, file: Path, size: int, digest: str) -> None:
+        """Take a file of another store over as it is, and remember it.
+
+        A store's files are replaced and never changed, so that two stores can share one.
+        """
+        place = self.root / key
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            place.hardlink_to(file)
+        except OSError:  # another disk, or a file system without links
+            write_durably(place, file.read_bytes())
+        self.written[key] = (size, digest)
+
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Zarr makes the groups above an array in this way."""
         if not (self.root / key).exists():
@@ -114,6 +127,13 @@ def discard(folder: Path) -> None:
     folder.rename(aside)
     sync_folder(folder.parent)
     shutil.rmtree(aside)
+
+
+def take_place(new: Path, path: Path) -> None:
+    """Let a store that was built beside another one take its place."""
+    discard(path)
+    new.rename(path)
+    sync_folder(path.parent)
 
 
 def aside_name(path: Path) -> Path:

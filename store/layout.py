@@ -27,6 +27,7 @@ ROW_TEXT_FIELDS = (
 )
 TEXT_FIELDS = (*ROW_TEXT_FIELDS, "digest")
 SPLITS = ("none", "train", "val", "test")  # index = stored code
+LABEL_ARRAYS = ("targets", "tiles/partitions", "tiles/target_digest")  # what another labelling changes
 UNLABELLED = {"classification": -1, "multilabel": 255}  # value of every label of a tile without one
 
 
@@ -73,6 +74,8 @@ def _create_tiles(root: zarr.Group, attributes: Attributes) -> None:
     _table(root, "tiles/transform", attributes, (6,), "float64", np.nan, ("coefficient",))
     _table(root, "tiles/valid_share", attributes, (), "float32", np.nan, ())
     _table(root, "tiles/padded", attributes, (), "bool", False, ())
+    if attributes.cloud_cover:
+        _table(root, "tiles/cloud_cover", attributes, (), "float32", np.nan, ())
     statistics = (len(attributes.colour_statistics),)
     _table(root, "tiles/colour", attributes, statistics, "float32", np.nan, ("statistic",))
     for name in attributes.partitions:

@@ -1,4 +1,4 @@
-"""Where tiles lie on the ground: centres, pixel sizes, and whether bounds reach across the antimeridian."""
+"""Where tiles lie on the ground: centres, pixel sizes, outlines in longitude and latitude."""
 
 from __future__ import annotations
 
@@ -7,43 +7,40 @@ from collections.abc import Sequence
 
 import numpy as np
 from rasterio.crs import CRS
-from rasterio.warp import transform as reproject
+from rasterio.warp import transform
 
+from satdifuser.store.georeference import Georeference
 from satdifuser.store.reader import FeatureStore
 
-METRES_PER_DEGREE = 111_195.0  # along a meridian of a sphere of 6,371 km
 SAMPLED_TILES = 64
-EDGE_POINTS = 21  # along each edge of a raster, whose edges may be curves in longitude and latitude
-Transform = Sequence[float]  # (a, b, c, d, e, f): x = a*col + b*row + c, y = d*col + e*row + f
+EDGE_POINTS = 20  # along each edge of a raster, whose edges may be curves in longitude and latitude
 
 
-def centre(crs: str, transform: Transform, size: tuple[int, int]) -> tuple[float, float]:
+def centre(place: Georeference, size: tuple[int, int]) -> tuple[float, float]:
     """Longitude and latitude in degrees of the centre of a (H, W) px grid."""
-    a, b, c, d, e, f = transform
-    row, col = size[0] / 2, size[1] / 2
-    (longitude,), (latitude,) = to_degrees(crs, [a * col + b * row + c], [d * col + e * row + f])
-    return longitude, latitude
+    return to_degrees(place, [place.at(size[0] / 2, size[1] / 2)])[0]
 
 
-def to_degrees(crs: str, xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+def to_degrees(place: Georeference, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Longitudes and latitudes of points in a CRS."""
-    longitudes, latitudes = reproject(CRS.from_string(crs), CRS.from_epsg(4326), list(xs), list(ys))
-    return list(map(float, longitudes)), list(map(float, latitudes))
+    xs, ys = zip(*points, strict=True)
+    longitudes, latitudes = transform(CRS.from_string(place.crs), CRS.from_epsg(4326), xs, ys)
+    return list(zip(map(float, longitudes), map(float, latitudes), strict=True))
 
 
-def ground_distance(crs: str, transform: Transform, latitude: float) -> float:
-    """Metres per pixel: the square root of a pixel's area."""
-    a, b, _, d, e, _ = transform
-    area = abs(a * e - b * d)
-    found = CRS.from_string(crs)
-    if found.is_geographic:
-        return math.sqrt(area * math.cos(math.radians(latitude))) * METRES_PER_DEGREE
-    return math.sqrt(area) * float(found.linear_units_factor[1])
+def ground_distance(place: Georeference, size: tuple[int, int]) -> float:
+    """Metres on the ground per pixel in the middle of a (H, W) px grid: the square root of a pixel's area.
 
-
-def pixel_size(crs: str, transform: Transform, size: tuple[int, int]) -> float:
-    """Metres per pixel at the centre of a (H, W) px grid."""
-    return ground_distance(crs, transform, centre(crs, transform, size)[1])
+    It is measured on a plane of equal area at that place, for the units of a CRS may be degrees, feet, or
+    metres that are none (Web Mercator's are twice too long at 60 degrees north).
+    """
+    longitude, latitude = centre(place, size)
+    row, col = size[0] / 2 - 0.5, size[1] / 2 - 0.5
+    points = [place.at(row + down, col + right) for down, right in ((0, 0), (0, 1), (1, 1), (1, 0))]
+    plane = CRS.from_string(f"+proj=laea +lat_0={latitude} +lon_0={longitude} +datum=WGS84 +units=m")
+    xs, ys = transform(CRS.from_string(place.crs), plane, *zip(*points, strict=True))
+    pairs = zip(range(4), (1, 2, 3, 0), strict=True)
+    return math.sqrt(abs(sum(xs[i] * ys[j] - xs[j] * ys[i] for i, j in pairs)) / 2)
 
 
 def typical_pixel_size(store: FeatureStore) -> float | None:
@@ -52,23 +49,22 @@ def typical_pixel_size(store: FeatureStore) -> float | None:
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_TILES)).astype(int)]
     places = zip(store.gather("tiles/crs", rows), store.gather("tiles/transform", rows), strict=True)
     size = store.attributes.tile_size
-    found = [pixel_size(str(crs), transform.tolist(), size) for crs, transform in places]
+    found = [ground_distance(Georeference(str(crs), tuple(values.tolist())), size) for crs, values in places]
     return round(float(np.median(found)), 6) if found else None
 
 
-def outline(crs: str, transform: Transform, size: tuple[int, int]) -> list[tuple[float, float]]:
+def outline(place: Georeference, size: tuple[int, int]) -> list[tuple[float, float]]:
     """The edge of a (H, W) px grid in longitude and latitude: a closed ring of points, counterclockwise."""
-    a, b, c, d, e, f = transform
-    steps = np.linspace(0, 1, EDGE_POINTS)[:-1]
-    rows = np.concatenate([0 * steps, steps, 0 * steps + 1, 1 - steps]) * size[0]
-    cols = np.concatenate([1 - steps, 0 * steps, steps, 0 * steps + 1]) * size[1]
-    xs, ys = (a * cols + b * rows + c).tolist(), (d * cols + e * rows + f).tolist()
-    points = list(zip(*to_degrees(crs, xs, ys), strict=True))
-    return [*points, points[0]]
+    height, width = size
+    steps = [step / EDGE_POINTS for step in range(EDGE_POINTS)]
+    left, bottom = [(s * height, 0.0) for s in steps], [(height, s * width) for s in steps]
+    right, top = [((1 - s) * height, width) for s in steps], [(0.0, (1 - s) * width) for s in steps]
+    ring = to_degrees(place, [place.at(*point) for point in (*left, *bottom, *right, *top)])
+    return [*ring, ring[0]]
 
 
-def crosses_antimeridian(crs: str, transform: Transform, size: tuple[int, int]) -> bool:
+def crosses_antimeridian(place: Georeference, size: tuple[int, int]) -> bool:
     """Whether a (H, W) px grid reaches beyond 180 degrees east or west, or around a pole."""
-    longitudes = [longitude for longitude, _ in outline(crs, transform, size)]
+    longitudes = [longitude for longitude, _ in outline(place, size)]
     beyond = max(map(abs, longitudes)) > 180 + 1e-9
     return beyond or bool(np.abs(np.diff(longitudes)).max() > 180)

@@ -5,12 +5,14 @@ Legend: B tiles of a batch, N tiles, T timesteps, L layers of one group, C chann
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 
 from satdifuser.errors import SettingsError, StoreError, suggest
 from satdifuser.store.encoding import FORMS, Floats, content_digest, decode
+from satdifuser.store.georeference import Georeference
 from satdifuser.store.layout import SPLITS, TEXT_FIELDS, target_array
 from satdifuser.store.location import Location, location
 from satdifuser.store.metadata import is_store
@@ -47,8 +50,7 @@ class Batch:
     indices: Indices  # rows in the store
 
 
-READERS = 2  # threads of one request
-SMALL_TILE_BYTES = 2**20  # up to here a second thread waits for Python's lock most of the time
+SMALL_TILE_BYTES = 2**17  # up to here a second thread waits for Python's lock most of the time
 PART_BYTES = 2**26  # that a thread asks the disk for at once
 Stored = dict[str, dict[str, NDArray[Any]]]
 """Group name to array name (values; scale, offset) to (B, T, L, …), as kept."""
@@ -62,24 +64,42 @@ class Selection:
     layers: Mapping[str, tuple[int, ...]]
 
 
+@cache
+def _second_reader(process: int) -> ThreadPoolExecutor:
+    """The thread that reads beside the caller's; one per process, since a forked one has no threads."""
+    return ThreadPoolExecutor(1, thread_name_prefix="read")
+
+
 def read_in_parts(read: Callable[[slice], None], tiles: int, tile_bytes: int) -> None:
-    """Call a function for parts of a request, in several threads where tiles are large.
+    """Call a function for parts of a request, in two threads where tiles are large.
 
     Args:
         read: Reads some of the tiles.
         tiles: How many there are.
         tile_bytes: Of each.
     """
-    threads = READERS if tile_bytes > SMALL_TILE_BYTES else 1
-    size = max(1, min(-(-tiles // threads), PART_BYTES // max(1, tile_bytes)))
-    parts = [slice(start, start + size) for start in range(0, tiles, size)]
-    if threads == 1:
-        for part in parts:
+    alone = tile_bytes <= SMALL_TILE_BYTES
+    size = max(1, min(tiles if alone else -(-tiles // 2), PART_BYTES // max(1, tile_bytes)))
+    parts = deque(slice(start, start + size) for start in range(0, tiles, size))
+
+    def read_on() -> None:
+        while True:
+            try:
+                part = parts.popleft()
+            except IndexError:  # none is left
+                return
             read(part)
+
+    if alone:
+        read_on()
         return
-    with ThreadPoolExecutor(threads) as pool:  # made anew, since a forked process has none of our threads
-        for done in [pool.submit(read, part) for part in parts]:
-            done.result()
+    beside = _second_reader(os.getpid()).submit(read_on)
+    try:
+        read_on()
+    finally:
+        parts.clear()
+        wait([beside])  # it fills the caller's buffers
+    beside.result()
 
 
 def open_store(path: str | Path) -> FeatureStore:
@@ -92,6 +112,12 @@ def open_store(path: str | Path) -> FeatureStore:
         StoreError: there is no store, or one of a newer format, or its metadata is damaged.
     """
     return FeatureStore(location(str(path)))
+
+
+def end_cut_off(new: Path, path: Path) -> None:
+    """Let a complete store take its place if an earlier command was cut off between deletion and renaming."""
+    if not path.exists() and is_store(new) and not FeatureStore(new).missing_shards():
+        new.rename(path)
 
 
 class FeatureStore(ShardedStore):
@@ -219,6 +245,12 @@ class FeatureStore(ShardedStore):
             )
         return rows
 
+    def places(self, rows: Indices) -> list[Georeference | None]:
+        """Where some rows lie on the ground; None for tiles without a place."""
+        crs, transforms = self.gather("tiles/crs", rows), self.gather("tiles/transform", rows)
+        pairs = zip(crs.tolist(), transforms.tolist(), strict=True)
+        return [Georeference(own, tuple(transform)) if own else None for own, transform in pairs]
+
     def targets(self, rows: Indices) -> NDArray[np.generic] | None:
         """Labels (B,) int32, labels (B, classes) uint8 or masks (B, H, W) uint8 of some rows, or None."""
         name = target_array(self.attributes.task)
@@ -339,7 +371,7 @@ class FeatureStore(ShardedStore):
         Returns:
             Group name to array name (values; scale, offset) to (B, T, L, …).
         """
-        chosen = selection or self.selection()
+        chosen = selection or self._everything
         self.require_shards((rows // self.attributes.tiles_per_shard).tolist())
         steps, per_tile = chosen.steps, self.stored_bytes_per_tile(chosen)
         wanted = [
@@ -385,6 +417,10 @@ class FeatureStore(ShardedStore):
         return Selection(tuple(steps), {g: tuple(positions[g]) for g in self.groups if g in positions})
 
     @cached_property
+    def _everything(self) -> Selection:
+        return self.selection()
+
+    @cached_property
     def _arrays(self) -> dict[str, dict[str, ShardedArray]]:
         """Group name to array name to the array."""
         form, files = FORMS[self.attributes.encoding], OpenFiles()
@@ -399,7 +435,7 @@ class FeatureStore(ShardedStore):
 
     def stored_bytes_per_tile(self, selection: Selection | None = None) -> int:
         """Bytes that `stored` returns for one tile."""
-        chosen = selection or self.selection()
+        chosen = selection or self._everything
         per_step: int = sum(
             array.bytes_per_layer * len(layers)
             for group, layers in chosen.layers.items()

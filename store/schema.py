@@ -75,11 +75,13 @@ class Attributes(Settings):
     previews: bool
     latents: tuple[Channels, Side, Side] | None = None  # (C, h, w) where they are held
     valid: bool = False  # whether it says of each pixel of a tile if it holds data
+    cloud_cover: bool = False  # whether it says of each tile's image how much of it is under clouds
     colour_statistics: list[str]
     backbone: dict[str, Any]
     feature_identity: dict[str, Any]
     planned: Hashes
     settings: dict[str, Any]
+    labelled: dict[str, Any] = Field(default={})  # where labels came from that came after the extraction
 
     @model_validator(mode="after")
     def check_shards(self) -> Attributes:

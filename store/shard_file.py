@@ -74,11 +74,27 @@ def _checksum(data: bytes | Bytes) -> bytes:
 
 
 class Checksums:
-    """Room for the recorded checksums of a request; for one thread."""
+    """Room for the recorded checksums of a request; for one thread.
+
+    Args:
+        chunks: How many of them at most.
+    """
 
     def __init__(self, chunks: int) -> None:
-        self.recorded = np.empty((chunks, CHECKSUM_BYTES), np.uint8)
-        self.parts = list(self.recorded)
+        recorded = np.empty((chunks, CHECKSUM_BYTES), np.uint8)
+        self._numbers = recorded.view("<u4")[:, 0]
+        self._buffers: list[Any] = [None, None] * chunks
+        self._buffers[1::2] = list(recorded)
+
+    def behind(self, chunks: list[Bytes]) -> list[Any]:
+        """What to fill with successive chunks of a file and the checksum behind each."""
+        self._buffers[: 2 * len(chunks) : 2] = chunks
+        return self._buffers if 2 * len(chunks) == len(self._buffers) else self._buffers[: 2 * len(chunks)]
+
+    def match(self, chunks: list[Bytes]) -> bool:
+        """Whether these chunks are what their checksums say."""
+        found: list[int] = self._numbers[: len(chunks)].tolist()
+        return list(map(crc32c, chunks)) == found
 
 
 class ShardFile:
@@ -156,8 +172,9 @@ class ShardFile:
 
     def _read_chunks(self, first: int, chunks: list[Bytes], room: Checksums, flags: int) -> None:
         if first + len(chunks) <= self._ordered:  # as this package writes them
-            for start in range(0, len(chunks), self._per_request):
-                part = chunks[start : start + self._per_request]
+            each = self._per_request
+            for start in range(0, len(chunks), each):
+                part = chunks[start : start + each] if len(chunks) > each else chunks
                 self._read_raw(self._offsets[first + start], part, room, flags)
             return
         for number, chunk in enumerate(chunks, first):
@@ -170,12 +187,16 @@ class ShardFile:
 
     def _read_raw(self, offset: int, chunks: list[Bytes], room: Checksums, flags: int) -> None:
         """Read chunks of one size that follow one another in the file."""
-        count = len(chunks)
-        buffers: list[Any] = [None] * (2 * count)
-        buffers[::2], buffers[1::2] = chunks, room.parts[:count]
-        self._fill(offset, buffers, count * (len(chunks[0]) + CHECKSUM_BYTES), flags)
-        recorded = room.recorded[:count].view("<u4")[:, 0].tolist()
-        if [crc32c(chunk) for chunk in chunks] != recorded:
+        buffers, wanted = room.behind(chunks), len(chunks) * (len(chunks[0]) + CHECKSUM_BYTES)
+        try:
+            got = os.preadv(self._descriptor, buffers, offset, flags)
+        except OSError as error:
+            if flags:  # EAGAIN, or a file system that cannot tell
+                raise NotInMemoryError from error
+            raise
+        if got < wanted:
+            self._read_rest(offset, buffers, got, wanted, flags)
+        if not room.match(chunks):
             raise DamagedShardError(f"the checksum of a chunk at byte {offset} or after is wrong")
 
     def _read_compressed(self, offset: int, size: int, chunk: Bytes, room: Checksums, flags: int) -> None:
@@ -189,25 +210,15 @@ class ShardFile:
             )
         blosc.decompress(packed, chunk)
 
-    def _fill(self, offset: int, buffers: list[Any], wanted: int, flags: int) -> None:
+    def _read_rest(self, offset: int, buffers: list[Any], got: int, wanted: int, flags: int) -> None:
+        """Go on after a signal, or where one request could not carry all."""
         if flags:
-            self._fill_at_once(offset, buffers, wanted, flags)
-            return
-        got = os.preadv(self._descriptor, buffers, offset)
-        while got < wanted:  # a signal, or more than one request may carry
-            rest = _after(buffers, got)
-            more = os.preadv(self._descriptor, rest, offset + got)
+            raise NotInMemoryError
+        while got < wanted:
+            more = os.preadv(self._descriptor, _after(buffers, got), offset + got)
             if not more:
                 raise DamagedShardError("it ends early")
             got += more
-
-    def _fill_at_once(self, offset: int, buffers: list[Any], wanted: int, flags: int) -> None:
-        try:
-            got = os.preadv(self._descriptor, buffers, offset, flags)
-        except OSError as error:  # EAGAIN, or a file system that cannot tell
-            raise NotInMemoryError from error
-        if got < wanted:
-            raise NotInMemoryError
 
 
 def _after(buffers: list[Any], done: int) -> list[Any]:

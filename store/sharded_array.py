@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import resource
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -25,26 +24,28 @@ Indices = NDArray[np.intp]
 SHARE_OF_DESCRIPTORS = 4  # open at most this part of the files a process may have open
 MOST_DESCRIPTORS = 4096
 FileKey = tuple[str, int, int]  # array, shard, timestep
-Part = tuple[int, int, int, Bytes]  # shard, timestep, place in the shard, what to fill
+Part = tuple[int, int, int, int]  # shard, timestep, place in the shard, which row to fill
 
 
 class OpenFiles:
-    """Shard files that stay open, the least recently used ones closed first; shared by a store's arrays."""
+    """Shard files that stay open, the first opened closed first; shared by a store's arrays."""
 
     def __init__(self) -> None:
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = max(1, min(allowed, MOST_DESCRIPTORS) // SHARE_OF_DESCRIPTORS)
-        self._files: OrderedDict[FileKey, ShardFile] = OrderedDict()
+        self._files: dict[FileKey, ShardFile] = {}
         self._lock = Lock()
 
-    def get(self, key: FileKey, opened: Callable[[], ShardFile]) -> ShardFile:
-        """The file of a key, opened where it is not yet."""
+    def get(self, key: FileKey) -> ShardFile | None:
+        """The file of a key, if it is open."""
+        return self._files.get(key)
+
+    def add(self, key: FileKey, file: ShardFile) -> None:
+        """Keep a file open."""
         with self._lock:
-            file = self._files.pop(key, None) or opened()
             self._files[key] = file
             if len(self._files) > self._limit:
-                self._files.popitem(last=False)
-        return file
+                del self._files[next(iter(self._files))]
 
 
 class ShardedArray:
@@ -81,12 +82,14 @@ class ShardedArray:
             DamagedShardError: its index is damaged.
             OSError: it cannot be read.
         """
-        return self.files.get((self.key, shard, step), lambda: self._open(shard, step))
-
-    def _open(self, shard: int, step: int) -> ShardFile:
-        places = self.tiles_per_shard * self.chunks_per_tile
-        path = self.store.locate(f"{self.key}/c/{shard}/{step}/{self.last_key}")
-        return ShardFile(path, places, self.chunk_bytes, self.compressed)
+        key = (self.key, shard, step)
+        file = self.files.get(key)
+        if file is None:
+            places = self.tiles_per_shard * self.chunks_per_tile
+            path = self.store.locate(f"{self.key}/c/{shard}/{step}/{self.last_key}")
+            file = ShardFile(path, places, self.chunk_bytes, self.compressed)
+            self.files.add(key, file)
+        return file
 
 
 class Request:
@@ -110,17 +113,20 @@ class Request:
     ) -> None:
         self.array, self.layers, self.stretches = array, layers, runs(layers)
         self.everything = list(layers) == list(range(array.shape[2]))
-        size = array.bytes_per_layer
-        self.places = [slice(start, start + size) for start in range(0, len(layers) * size, size)]
         self.checksums = Checksums(max(1, len(layers)))
-        self._pending = self._parts(rows, steps, out.view(np.uint8).reshape(-1))
+        # a row for each timestep of each tile
+        self._rows = out.view(np.uint8).reshape(len(rows) * len(steps), len(layers), array.bytes_per_layer)
+        self._pending = self._parts(rows, steps)
 
-    def _parts(self, rows: Indices, steps: Sequence[int], out: Bytes) -> list[Part]:
+    def _parts(self, rows: Indices, steps: Sequence[int]) -> list[Part]:
+        """What to read, in the order in which it lies in the files."""
         shards, places = (part.tolist() for part in np.divmod(rows, self.array.tiles_per_shard))
-        order, size = np.argsort(rows, kind="stable").tolist(), len(self.places) * self.array.bytes_per_layer
-        starts = [(i * len(steps) + number) * size for number in range(len(steps)) for i in order]
-        where = [(shards[i], step, places[i]) for step in steps for i in order]
-        return [(*part, out[start : start + size]) for part, start in zip(where, starts, strict=True)]
+        order = np.argsort(rows, kind="stable").tolist()
+        return [
+            (shards[i], step, places[i], i * len(steps) + number)
+            for number, step in enumerate(steps)
+            for i in order
+        ]
 
     def begin(self) -> None:
         """Read what is in memory, and let the system begin to fetch the rest, all of it at once.
@@ -128,7 +134,7 @@ class Request:
         Raises:
             StoreError: a file is damaged or cannot be read.
         """
-        self._pending = [part for part in self._pending if not self._read(part, wait=False)]
+        self._pending = self._read_pending(wait=False)
 
     def finish(self) -> None:
         """Read what `begin` did not, and wait for it.
@@ -136,39 +142,40 @@ class Request:
         Raises:
             StoreError: a file is damaged or cannot be read.
         """
-        for part in self._pending:
-            self._read(part, wait=True)
+        self._pending = self._read_pending(wait=True)
 
-    def _read(self, part: Part, wait: bool) -> bool:
-        """Read one timestep of a tile; False if it is not in memory, and not to be waited for."""
-        shard, step, place, out = part
-        first = place * self.array.chunks_per_tile
-        try:
-            file = self.array.file(shard, step)
-            if self.array.layers_per_chunk > 1:
-                return self._read_whole(file, first, out, wait)
-            done = True
-            for start, stop in self.stretches:
-                chunks = [out[place] for place in self.places[start:stop]]
-                done &= file.read(first + self.layers[start], chunks, self.checksums, wait)
-            return done
-        except (DamagedShardError, OSError, RuntimeError) as error:  # blosc raises RuntimeError
-            tile, path = shard * self.array.tiles_per_shard + place, self.array.store.path
-            raise StoreError(
-                f"{path}: {self.array.key}, tile {tile}: cannot be read ({error}); `satdifuser store verify "
-                f"--deep {path}` names the damaged files and how to mend it"
-            ) from error
+    def _read_pending(self, wait: bool) -> list[Part]:
+        """Read timesteps of tiles; return those that are not in memory, and not to be waited for."""
+        array, chunks, left = self.array, self.array.chunks_per_tile, []
+        read = self._read_whole if array.layers_per_chunk > 1 else self._read_layers
+        for part in self._pending:
+            shard, step, place, row = part
+            try:
+                if not read(array.file(shard, step), place * chunks, self._rows[row], wait):
+                    left.append(part)
+            except (DamagedShardError, OSError, RuntimeError) as error:  # blosc raises RuntimeError
+                tile, path = shard * array.tiles_per_shard + place, array.store.path
+                raise StoreError(
+                    f"{path}: {array.key}, tile {tile}: cannot be read ({error}); `satdifuser store verify "
+                    f"--deep {path}` names the damaged files and how to mend it"
+                ) from error
+        return left
+
+    def _read_layers(self, file: ShardFile, first: int, out: Bytes, wait: bool) -> bool:
+        """Read the chunks of the layers wanted."""
+        done = True
+        for start, stop in self.stretches:
+            done &= file.read(first + self.layers[start], list(out[start:stop]), self.checksums, wait)
+        return done
 
     def _read_whole(self, file: ShardFile, first: int, out: Bytes, wait: bool) -> bool:
         """Read the one chunk that holds all layers of a tile, and keep those wanted."""
         if self.everything:
-            return file.read(first, [out], self.checksums, wait)
+            return file.read(first, [out.reshape(-1)], self.checksums, wait)
         whole = np.empty(self.array.chunk_bytes, np.uint8)
         done = file.read(first, [whole], self.checksums, wait)
         if done:
-            size = self.array.bytes_per_layer
-            for place, layer in zip(self.places, self.layers, strict=True):
-                out[place] = whole[layer * size : (layer + 1) * size]
+            out[:] = whole.reshape(-1, self.array.bytes_per_layer)[list(self.layers)]
         return done
 
 

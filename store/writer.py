@@ -36,7 +36,7 @@ from satdifuser.store.files import (
     write_durably,
     write_error,
 )
-from satdifuser.store.layout import ROW_TEXT_FIELDS, SPLITS, create_arrays, target_array
+from satdifuser.store.layout import LABEL_ARRAYS, ROW_TEXT_FIELDS, SPLITS, create_arrays, target_array
 from satdifuser.store.lock import StoreLock
 from satdifuser.store.metadata import is_store, require_current, seal
 from satdifuser.store.reader import FeatureStore
@@ -63,6 +63,7 @@ class TileRow:
     transform: tuple[float, float, float, float, float, float] = NAN6
     valid_share: float = float("nan")
     padded: bool = False
+    cloud_cover: float = float("nan")  # 0 to 1, NaN where unknown
     skip_reason: str = ""  # why the tile has no features; "" where it has
     colour: Floats | None = None  # (statistic,)
     target: NDArray[np.generic] | None = None  # () int32 label, (classes,) uint8 labels or (H, W) uint8 mask
@@ -229,6 +230,30 @@ class StoreWriter:
             raise write_error(Path(self._files.root), error, shard) from error
         return sum(size for size, _ in files.values())
 
+    def adopt_shard(self, shard: int, held: FeatureStore, rows: Sequence[TileRow]) -> None:
+        """Commit a shard with the files of another store, but for its labels.
+
+        Args:
+            shard: Its index, the same in both.
+            held: The other store, of the same tiles and features.
+            rows: One per tile of the shard, of which the targets and partitions count.
+
+        Raises:
+            StoreError: the disk is full or refuses the write.
+        """
+        self._files.forget()
+        record = held.commits[shard]
+        try:
+            for key, (size, digest) in record["files"].items():
+                if not key.startswith(tuple(f"{name}/" for name in LABEL_ARRAYS)):
+                    self._files.adopt(key, held.folder / key, size, digest)
+            self._write_labels(slice(*self.attributes.shard_range(shard)), rows)
+            self._files.sync_folders()
+            self._commit(shard, record | {"files": dict(self._files.written)})
+        except OSError as error:
+            self.close()
+            raise write_error(self._path, error, shard) from error
+
     def _write_data(self, shard: int, rows: Sequence[TileRow], batches: Sequence[Encoded]) -> None:
         here = slice(*self.attributes.shard_range(shard))
         present = [not row.skip_reason for row in rows]
@@ -246,7 +271,7 @@ class StoreWriter:
                     else:
                         self._write_shards(array, shard, tiles)
             self._write_tiles(here, rows)
-            self._write_targets(here, rows)
+            self._write_labels(here, rows)
         self._array("tiles/digest")[here] = _texts(_spread(digests.result(), present, ""))
 
     def _write_shards(self, array: Any, shard: int, tiles: Sequence[NDArray[np.generic]]) -> None:
@@ -266,15 +291,14 @@ class StoreWriter:
 
     def _write_tiles(self, here: slice, rows: Sequence[TileRow]) -> None:
         for name in ROW_TEXT_FIELDS:
-            self._array(f"tiles/{name}")[here] = _texts(getattr(row, name) for row in rows)
-        for name in ("bounds", "transform", "valid_share", "padded"):
+            if f"tiles/{name}" not in LABEL_ARRAYS:
+                self._array(f"tiles/{name}")[here] = _texts(getattr(row, name) for row in rows)
+        clouds = ("cloud_cover",) if self.attributes.cloud_cover else ()
+        for name in ("bounds", "transform", "valid_share", "padded", *clouds):
             self._array(f"tiles/{name}")[here] = np.array([getattr(row, name) for row in rows])
         missing = np.full(len(self.attributes.colour_statistics), np.nan, np.float32)
         colour = [missing if row.colour is None else row.colour for row in rows]
         self._array("tiles/colour")[here] = np.stack(colour)
-        for name in self.attributes.partitions:
-            codes = [SPLITS.index(row.partitions.get(name, row.split)) for row in rows]
-            self._array(f"tiles/partitions/{name}")[here] = np.array(codes, np.uint8)
         if self.attributes.previews:
             empty = np.zeros((*self.attributes.tile_size, 3), np.uint8)
             previews = [empty if row.preview is None else row.preview for row in rows]
@@ -288,7 +312,11 @@ class StoreWriter:
             valid = [nowhere if row.valid is None else row.valid for row in rows]
             self._array("valid")[here] = np.packbits(np.stack(valid), axis=-1)
 
-    def _write_targets(self, here: slice, rows: Sequence[TileRow]) -> None:
+    def _write_labels(self, here: slice, rows: Sequence[TileRow]) -> None:
+        self._array("tiles/target_digest")[here] = _texts(row.target_digest for row in rows)
+        for partition in self.attributes.partitions:
+            codes = [SPLITS.index(row.partitions.get(partition, row.split)) for row in rows]
+            self._array(f"tiles/partitions/{partition}")[here] = np.array(codes, np.uint8)
         name = target_array(self.attributes.task)
         if name is not None:
             array = self._array(name)

@@ -20,8 +20,9 @@ from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.job import Job, fix_automatic, plan_layers, tile_size
 from satdifuser.extract.layers import select_layers
 from satdifuser.extract.run import check_finite, extract, read_row
-from satdifuser.extract.settings import BackboneSettings, ExtractSettings, SplitShares, SyntheticSettings
+from satdifuser.extract.settings import BackboneSettings, ExtractSettings, SyntheticSettings
 from satdifuser.extract.sources import TileRecord, list_tiles, open_source
+from satdifuser.labels.settings import SplitShares
 from satdifuser.store.schema import LayerInfo, group_layers
 from satdifuser.store.settings import StoreSettings
 

@@ -386,7 +386,7 @@ def test_segmentation(config: Path, tmp_path: Path) -> None:
     metrics = succeed_json("evaluate", tmp_path / "runs/global-seed0", "-c", config)
     assert metrics["head"] == "upernet"
     assert 0 <= metrics["test"]["miou"] <= 1
-    assert np.load(tmp_path / "runs/global-seed0/masks.npz")["predicted"].shape == (2, 32, 32)
+    assert np.load(tmp_path / "runs/global-seed0/masks.npz")["predicted"].shape == (4, 32, 32)
     succeed("report", tmp_path / "runs/global-seed0", "-o", tmp_path / "page.html")
 
 

@@ -15,7 +15,8 @@ from made_up_maps import ONE_THREAD, OVERLAP, Mapped, land_cover, photograph, se
 from numpy.typing import NDArray
 
 from satdifuser.errors import StoreError
-from satdifuser.store.place import crosses_antimeridian, pixel_size, typical_pixel_size
+from satdifuser.store.georeference import Georeference
+from satdifuser.store.place import crosses_antimeridian, ground_distance, typical_pixel_size
 from satdifuser.store.reader import open_store
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
@@ -146,9 +147,8 @@ def test_dates_of_scenes_are_kept(mapped: Mapped, plain: Path, tmp_path: Path) -
 def test_pixel_sizes_in_metres(mapped: Mapped) -> None:
     store = open_store(mapped.store)
     assert typical_pixel_size(store) == pytest.approx(10)
-    assert pixel_size("EPSG:4326", (0.001, 0, 10, 0, -0.001, 60.5), (1000, 1000)) == pytest.approx(
-        78.6, abs=0.1
-    )
+    degrees = Georeference("EPSG:4326", (0.001, 0, 10, 0, -0.001, 60.5))
+    assert ground_distance(degrees, (1000, 1000)) == pytest.approx(78.8, abs=0.1)
 
 
 def test_another_pixel_size_is_warned_of(mapped: Mapped, plain: Path, tmp_path: Path) -> None:
@@ -227,9 +227,11 @@ def test_scenes_across_the_antimeridian(
 
 
 def test_scenes_near_the_antimeridian_are_welcome() -> None:
-    assert not crosses_antimeridian("EPSG:4326", (0.01, 0, 179, 0, -0.01, 10), (100, 100))
-    assert not crosses_antimeridian("EPSG:4326", (1, 0, -180, 0, -1, 90), (180, 360))  # the whole world
-    assert not crosses_antimeridian("EPSG:32601", (10, 0, 300000, 0, -10, 7000000), (100, 100))
+    degrees = Georeference("EPSG:4326", (0.01, 0, 179, 0, -0.01, 10))
+    world = Georeference("EPSG:4326", (1, 0, -180, 0, -1, 90))
+    zone = Georeference("EPSG:32601", (10, 0, 300000, 0, -10, 7000000))
+    for place, size in ((degrees, (100, 100)), (world, (180, 360)), (zone, (100, 100))):
+        assert not crosses_antimeridian(place, size)
 
 
 def test_a_picture_without_a_place(mapped: Mapped, out: Path, tmp_path: Path) -> None:

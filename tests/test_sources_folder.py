@@ -18,10 +18,11 @@ from PIL import Image
 
 from satdifuser.errors import ImageError, SatDiFuserError, SettingsError, SourceError
 from satdifuser.extract.images import to_rgb
-from satdifuser.extract.settings import FolderSettings, ImageSettings, SplitShares
+from satdifuser.extract.settings import FolderSettings, ImageSettings
 from satdifuser.extract.sources import Source, list_tiles, open_source
 from satdifuser.extract.sources.files import parse_date
-from satdifuser.extract.sources.splits import draw_splits
+from satdifuser.labels.settings import SplitShares
+from satdifuser.labels.splits import draw_splits
 
 
 def write_image(path: Path, size: tuple[int, int] = (8, 8), bands: int = 3) -> np.ndarray:

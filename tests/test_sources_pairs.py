@@ -16,7 +16,7 @@ from PIL import Image
 from satdifuser.errors import ImageError, SatDiFuserError, SettingsError, SourceError
 from satdifuser.extract.settings import PairsSettings
 from satdifuser.extract.sources import Source, list_tiles, open_source
-from satdifuser.extract.sources.classes import IGNORE
+from satdifuser.labels.classes import IGNORE
 
 CLASSES = {"classes": [{"id": 3, "name": "water"}, {"id": 7, "name": "land"}], "ignore_index": 0}
 SPLITS = "image,mask,split\nimages/a.png,masks/a.png,train\nimages/b.png,masks/b.png,val\n"

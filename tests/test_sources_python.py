@@ -24,9 +24,10 @@ from PIL import Image
 from satdifuser.cli import cli
 from satdifuser.errors import ImageError, SettingsError, SourceError
 from satdifuser.extract.images import to_rgb
-from satdifuser.extract.settings import ImageSettings, PythonSettings, SplitShares
+from satdifuser.extract.settings import ImageSettings, PythonSettings
 from satdifuser.extract.sources import Source, list_tiles, open_source
 from satdifuser.extract.sources.python_sample import parse_sample
+from satdifuser.labels.settings import SplitShares
 from satdifuser.pipeline import load_pipeline
 
 TARGET = "made_data:make"

@@ -9,10 +9,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from satdifuser.errors import SourceError
-from satdifuser.extract.settings import SplitShares, SyntheticSettings
+from satdifuser.extract.settings import SyntheticSettings
 from satdifuser.extract.sources import list_tiles, open_source
 from satdifuser.extract.sources.canvas import BUILT, COVERS, ROAD, TREES, WATER, Canvas, combine
 from satdifuser.extract.sources.landcover import PAINTERS, paint
+from satdifuser.labels.settings import SplitShares
 
 SMALL = SyntheticSettings(tiles=20, split=SplitShares(train=0.5, val=0.25, test=0.25))
 

@@ -20,13 +20,13 @@ from rasterio.errors import RasterioError
 
 from satdifuser.errors import MapError
 from satdifuser.evaluate.maps.strip_file import cannot_write
-from satdifuser.evaluate.pictures import palette
+from satdifuser.evaluate.report.colours import palette
 
 NODATA = 255
 STEPS = 250  # of a probability
 BLOCK = 512
 CACHE_MB = 256  # of decoded blocks, else a share of all memory
-CLASSES_TAG, COLOURS_TAG = "SATDIFUSER_CLASSES", "SATDIFUSER_COLOURS"
+CLASSES_TAG, COLOURS_TAG, MODEL_TAG = "SATDIFUSER_CLASSES", "SATDIFUSER_COLOURS", "SATDIFUSER_MODEL_SHA256"
 
 
 @dataclass(frozen=True)

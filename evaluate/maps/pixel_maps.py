@@ -21,7 +21,7 @@ from tqdm import tqdm
 from satdifuser.errors import MapError
 from satdifuser.evaluate.maps.area import Area
 from satdifuser.evaluate.maps.blend import Blender, Piece, TileLogits
-from satdifuser.evaluate.maps.map_file import NODATA, STEPS, MapFile, write_map
+from satdifuser.evaluate.maps.map_file import MODEL_TAG, NODATA, STEPS, MapFile, write_map
 from satdifuser.evaluate.maps.strip_file import StripFile
 from satdifuser.fuse.predictor import Predictor
 from satdifuser.fuse.run_folder import Run
@@ -205,7 +205,7 @@ def map_tags(run: Run, scene: str, date: str) -> dict[str, str]:
     tags = {
         "SATDIFUSER_VERSION": version("satdifuser"),
         "SATDIFUSER_MODEL": f"{info['fusion']} fusion, {info['head']} head, run {info['name']}",
-        "SATDIFUSER_MODEL_SHA256": str(info["model_sha256"]),
+        MODEL_TAG: str(info["model_sha256"]),
         "SATDIFUSER_STORE": str(info["store"]["hashes"]["feature"]),
         "SATDIFUSER_SCENE": scene,
     }

@@ -19,7 +19,8 @@ from satdifuser.extract.sources.python_source import PythonSource
 from satdifuser.extract.sources.scenes import ScenesSource
 from satdifuser.extract.sources.splits import check_records
 from satdifuser.extract.sources.synthetic import SyntheticSource
-from satdifuser.extract.sources.tile import Georeference, Source, Tile, TileRecord
+from satdifuser.extract.sources.tile import Source, Tile, TileRecord
+from satdifuser.store.georeference import Georeference
 
 __all__ = ["Georeference", "Source", "Tile", "TileRecord", "list_tiles", "open_source"]
 

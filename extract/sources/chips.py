@@ -69,6 +69,7 @@ def list_chips(
             window=cut,
             georeference=shift(header.georeference, cut[0], cut[1]),
             date=header.date,
+            cloud_cover=header.cloud_cover,
             valid_share=count / (image.size[0] * image.size[1]),
             padded=cut[2:] != image.size,
         )

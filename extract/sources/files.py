@@ -8,7 +8,6 @@ all bands), where all bands hold the nodata value of the settings, or where any 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,16 +21,21 @@ import rasterio
 from numpy.typing import NDArray
 from PIL import Image
 from rasterio.enums import MaskFlags
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from satdifuser.errors import ImageError
 from satdifuser.extract.settings import ImageSettings
 from satdifuser.extract.sources.grid import Window
-from satdifuser.extract.sources.tile import Georeference
+from satdifuser.store.georeference import Georeference, georeference_of, open_raster
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 SUFFIXES = (".jpg", ".jpeg", ".png", *TIFF_SUFFIXES)
-DATE_TAGS = ("acquisitiondate", "datetime", "tifftag_datetime")  # the first one found counts
+# The first one found counts; those of GDAL's IMAGERY domain, of Sentinel-2 and of Landsat are among them
+# (https://gdal.org/user/raster_data_model.html#imagery-domain-remote-sensing)
+DATE_TAGS = (
+    *("acquisitiondate", "acquisitiondatetime", "datetime", "product_start_time", "date_acquired"),
+    "tifftag_datetime",
+)
+CLOUD_TAGS = ("cloudcover", "cloud_cover", "cloud_coverage_assessment")  # in percent
 
 Pixels = tuple[NDArray[np.generic], NDArray[np.bool_]]  # image (B, H, W) as stored, valid (H, W)
 
@@ -44,6 +48,7 @@ class Header:
     band_names: tuple[str, ...]  # "" where unknown
     georeference: Georeference | None = None
     date: str = ""  # ISO 8601
+    cloud_cover: float | None = None  # 0 to 1
 
 
 @contextmanager
@@ -53,7 +58,7 @@ def reading(path: Path) -> Iterator[None]:
         if not path.is_file():
             raise FileNotFoundError("no such file")
         yield
-    except (OSError, SyntaxError, ValueError, RasterioError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 
 
@@ -82,7 +87,9 @@ def read_header(path: Path) -> Header:
     if is_tiff(path):
         with open_raster(path) as dataset:
             names = tuple(name or "" for name in dataset.descriptions)
-            return Header(dataset.shape, names, georeference_of(dataset), parse_date(dataset.tags()))
+            tags = dataset.tags(ns="IMAGERY") | dataset.tags()
+            place, cloud_cover = georeference_of(dataset), parse_cloud_cover(tags)
+            return Header(dataset.shape, names, place, parse_date(tags), cloud_cover)
     with reading(path), Image.open(path) as image:
         return Header((image.height, image.width), image.getbands())
 
@@ -136,19 +143,6 @@ def decode(path: Path, modified_ns: int) -> Pixels:
     return bands, valid
 
 
-@contextmanager
-def open_raster(path: Path) -> Iterator[Any]:
-    """Open a raster with rasterio; a plain TIFF without georeference is as welcome as any.
-
-    Raises:
-        ImageError: the file is missing, or cannot be read while it is open.
-    """
-    with reading(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with rasterio.open(path) as dataset:
-            yield dataset
-
-
 def raster_window(window: Window) -> Any:
     """Return a window in rasterio's form."""
     row, col, height, width = window
@@ -168,13 +162,6 @@ def valid_pixels(dataset: Any, window: Window, nodata: float | None = None) -> N
     return valid
 
 
-def georeference_of(dataset: Any) -> Georeference | None:
-    """Return CRS and transform of an open raster, or None where either is missing."""
-    if dataset.crs is None or dataset.transform.is_identity:
-        return None
-    return Georeference(dataset.crs.to_string(), tuple(dataset.transform)[:6])
-
-
 def parse_date(tags: dict[str, str]) -> str:
     """Return the acquisition date among a raster's tags as ISO 8601, or "" where there is none."""
     by_name = {name.lower(): value.strip() for name, value in tags.items()}
@@ -185,6 +172,19 @@ def parse_date(tags: dict[str, str]) -> str:
             except ValueError:
                 continue
     return ""
+
+
+def parse_cloud_cover(tags: dict[str, str]) -> float | None:
+    """Return the share of an image under clouds among a raster's tags, None where they do not say."""
+    by_name = {name.lower(): value.strip() for name, value in tags.items()}
+    for value in (by_name[name] for name in CLOUD_TAGS if name in by_name):
+        try:
+            percent = float(value)
+        except ValueError:
+            continue
+        if 0 <= percent <= 100:  # -1 and 999 stand for unknown
+            return percent / 100
+    return None
 
 
 def parse_tiff_date(text: str) -> datetime:

@@ -11,19 +11,18 @@ from pathlib import Path
 
 from satdifuser.errors import ImageError, SourceError
 from satdifuser.extract.settings import FolderSettings
-from satdifuser.extract.sources.classes import IGNORE, ClassList, named, read_classes
 from satdifuser.extract.sources.files import SUFFIXES, Header, offering_skip, read_header, read_pixels
 from satdifuser.extract.sources.grid import pad_edge, pad_with, parse_size
 from satdifuser.extract.sources.splits import (
     check_listed,
-    draw_splits,
     find_splits_file,
     make_id,
     read_rows,
     splits_of_rows,
-    splits_of_shares,
 )
-from satdifuser.extract.sources.tile import Split, Task, Tile, TileRecord
+from satdifuser.extract.sources.tile import Task, Tile, TileRecord
+from satdifuser.labels.classes import IGNORE, ClassList, named, read_classes
+from satdifuser.labels.splits import Split, draw_splits, splits_of_shares
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,7 @@ class FolderSource:
             listed=entry.listed,
             georeference=header.georeference,
             date=header.date,
+            cloud_cover=header.cloud_cover,
             valid_share=min(height * width / (size[0] * size[1]), 1.0),
             padded=(height, width) != size,
         )

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from satdifuser.errors import ImageError, SettingsError, suggest
 from satdifuser.extract.geobench_datasets import SCALES
 from satdifuser.extract.settings import GeobenchSettings
-from satdifuser.extract.sources.classes import IGNORE, ClassList
 from satdifuser.extract.sources.geobench_files import (
     SPECS,
     SPLIT_NAMES,
@@ -29,7 +28,9 @@ from satdifuser.extract.sources.geobench_sample import (
     read_header,
     read_pixels,
 )
-from satdifuser.extract.sources.tile import Label, Split, Task, Tile, TileRecord
+from satdifuser.extract.sources.tile import Label, Task, Tile, TileRecord
+from satdifuser.labels.classes import IGNORE, ClassList
+from satdifuser.labels.splits import Split
 
 
 class GeobenchSource:

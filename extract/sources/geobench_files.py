@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from satdifuser.errors import SettingsError, SourceError, suggest
-from satdifuser.extract.sources.classes import MAX_CLASSES
 from satdifuser.extract.sources.closed_pickle import load_closed, to_array
-from satdifuser.extract.sources.tile import Split, Task
+from satdifuser.extract.sources.tile import Task
+from satdifuser.labels.classes import MAX_CLASSES
+from satdifuser.labels.splits import Split
 
 SPECS = "task_specs.pkl"
 PARTITION = "_partition.json"

@@ -24,7 +24,8 @@ from rasterio.errors import CRSError
 
 from satdifuser.errors import ImageError, SourceError
 from satdifuser.extract.sources.closed_pickle import StandIn, load_closed, to_array
-from satdifuser.extract.sources.tile import Georeference, Label, Task
+from satdifuser.extract.sources.tile import Label, Task
+from satdifuser.store.georeference import Georeference
 
 LABEL = "label"  # how the name of a band begins that holds the mask
 DAMAGE = (

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satdifuser.extract.settings import Size
-from satdifuser.extract.sources.tile import Georeference
+from satdifuser.store.georeference import Georeference
 
 Window = tuple[int, int, int, int]
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -56,8 +56,5 @@ def pad_with(array: NDArray[Scalar], size: tuple[int, int], value: int) -> NDArr
 
 
 def shift(georeference: Georeference | None, row: int, col: int) -> Georeference | None:
-    """Move a georeference's origin to pixel (row, col) of its grid."""
-    if georeference is None:
-        return None
-    a, b, c, d, e, f = georeference.transform
-    return Georeference(georeference.crs, (a, b, a * col + b * row + c, d, e, d * col + e * row + f))
+    """Move a georeference's origin to pixel (row, col) of its grid, if there is one."""
+    return georeference and georeference.shifted(row, col)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from satdifuser.errors import ImageError, SettingsError, SourceError
 from satdifuser.extract.settings import PairsSettings
 from satdifuser.extract.sources.chips import check_inside, cut_grid, list_chips, read_chip
-from satdifuser.extract.sources.classes import IGNORE, read_classes
 from satdifuser.extract.sources.files import Header, offering_skip, read_header, read_pixels
 from satdifuser.extract.sources.grid import Window, pad_with, parse_size
 from satdifuser.extract.sources.splits import (
@@ -26,7 +25,9 @@ from satdifuser.extract.sources.splits import (
     read_rows,
     splits_of_rows,
 )
-from satdifuser.extract.sources.tile import Split, Task, Tile, TileRecord
+from satdifuser.extract.sources.tile import Task, Tile, TileRecord
+from satdifuser.labels.classes import IGNORE, read_classes
+from satdifuser.labels.splits import Split
 
 WINDOW_COLUMNS = {"x", "y", "w", "h"}
 

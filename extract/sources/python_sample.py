@@ -16,8 +16,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from satdifuser.errors import ImageError
-from satdifuser.extract.sources.classes import MAX_CLASSES
 from satdifuser.extract.sources.tile import Label, Task
+from satdifuser.labels.classes import MAX_CLASSES
 
 MOST_CHANNELS = 4  # an image as narrow as that is one whose channels come last
 

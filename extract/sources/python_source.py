@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from satdifuser.errors import ImageError, SettingsError, SourceError
 from satdifuser.extract.settings import PythonSettings
-from satdifuser.extract.sources.classes import IGNORE, MAX_CLASSES, ClassList
 from satdifuser.extract.sources.files import offering_skip
 from satdifuser.extract.sources.python_sample import Sample, parse_label, parse_sample
 from satdifuser.extract.sources.python_target import Dataset, explain, open_datasets
-from satdifuser.extract.sources.splits import USED_SPLITS, draw_splits, splits_of_shares
-from satdifuser.extract.sources.tile import Label, Split, Task, Tile, TileRecord
+from satdifuser.extract.sources.tile import Label, Task, Tile, TileRecord
+from satdifuser.labels.classes import IGNORE, MAX_CLASSES, ClassList
+from satdifuser.labels.splits import USED_SPLITS, Split, draw_splits, splits_of_shares
 
 LABEL_LISTS = ("targets", "labels")  # what data sets call the labels of all their samples
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from satdifuser.errors import SettingsError, suggest
 from satdifuser.extract.settings import PythonSettings
-from satdifuser.extract.sources.tile import Split
+from satdifuser.labels.splits import Split
 
 
 class Dataset(Protocol):

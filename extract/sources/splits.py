@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import csv
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
-
 from satdifuser.errors import ImageError, SettingsError, SourceError, suggest
-from satdifuser.extract.settings import FolderSettings, PairsSettings, SplitShares
-from satdifuser.extract.sources.tile import Source, Split, TileRecord
+from satdifuser.extract.settings import FolderSettings, PairsSettings
+from satdifuser.extract.sources.tile import Source, TileRecord
+from satdifuser.labels.splits import USED_SPLITS, Split
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-USED_SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -129,38 +126,6 @@ def make_id(path: Path, root: Path) -> str:
     if relative.parts[0] == os.pardir:
         raise SourceError(f"{path} lies outside source.root {root}; name a root that holds all images")
     return relative.with_suffix("").as_posix()
-
-
-def draw_splits(tile_ids: Sequence[str], labels: Sequence[int], shares: SplitShares) -> dict[str, Split]:
-    """Draw a seeded random split, stratified by label; the order of ``tile_ids`` does not matter.
-
-    Going through the shuffled tiles class by class, each goes to the split that lacks most. So the whole
-    keeps the shares as closely as it can, and so does each class, down to a few tiles.
-
-    Args:
-        tile_ids: Ids of all tiles.
-        labels: Class of each tile, or one number for all.
-        shares: Shares of the splits and the seed.
-    """
-    strata: dict[int, list[str]] = defaultdict(list)
-    for tile_id, label in zip(tile_ids, labels, strict=True):
-        strata[label].append(tile_id)
-    drawn: dict[str, Split] = {}
-    lacking: dict[Split, float] = dict.fromkeys(USED_SPLITS, 0.0)
-    for label in sorted(strata):
-        for tile_id in (
-            np.random.default_rng((shares.seed, label)).permutation(sorted(strata[label])).tolist()
-        ):
-            for split in USED_SPLITS:
-                lacking[split] += getattr(shares, split)
-            drawn[tile_id] = max(USED_SPLITS, key=lambda split: lacking[split])
-            lacking[drawn[tile_id]] -= 1
-    return drawn
-
-
-def splits_of_shares(shares: SplitShares) -> tuple[Split, ...]:
-    """Return the splits that hold tiles when shares are drawn."""
-    return tuple(split for split in USED_SPLITS if getattr(shares, split) > 0)
 
 
 def splits_of_rows(rows: Iterable[Row]) -> tuple[Split, ...]:

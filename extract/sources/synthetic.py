@@ -9,11 +9,12 @@ import numpy as np
 
 from satdifuser.extract.settings import SyntheticSettings
 from satdifuser.extract.sources.canvas import COVERS
-from satdifuser.extract.sources.classes import IGNORE
 from satdifuser.extract.sources.grid import parse_size
 from satdifuser.extract.sources.landcover import PAINTERS, paint
-from satdifuser.extract.sources.splits import draw_splits, splits_of_shares
-from satdifuser.extract.sources.tile import Georeference, Task, Tile, TileRecord
+from satdifuser.extract.sources.tile import Task, Tile, TileRecord
+from satdifuser.labels.classes import IGNORE
+from satdifuser.labels.splits import draw_splits, splits_of_shares
+from satdifuser.store.georeference import Georeference
 
 KINDS = tuple(PAINTERS)
 CRS = "EPSG:32632"

@@ -13,28 +13,11 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Split = Literal["train", "val", "test", "none"]
+from satdifuser.labels.splits import Split
+from satdifuser.store.georeference import Georeference
+
 Task = Literal["classification", "multilabel", "segmentation"]
 Label = int | tuple[int, ...] | None  # class index; or 0 or 1 per class; None with masks and without labels
-
-
-@dataclass(frozen=True)
-class Georeference:
-    """Where a tile lies: CRS as text (``EPSG:32633`` or WKT) and affine transform, pixel to CRS units.
-
-    ``transform`` is (a, b, c, d, e, f) as rasterio orders it: x = a*col + b*row + c, y = d*col + e*row + f.
-    """
-
-    crs: str
-    transform: tuple[float, float, float, float, float, float]
-
-    def bounds(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """Return (left, bottom, right, top) in CRS units of a (height, width) px grid, rotated or not."""
-        a, b, c, d, e, f = self.transform
-        corners = [(0, 0), (width, 0), (0, height), (width, height)]
-        xs = [a * col + b * row + c for col, row in corners]
-        ys = [d * col + e * row + f for col, row in corners]
-        return min(xs), min(ys), max(xs), max(ys)
 
 
 @dataclass(frozen=True)
@@ -51,6 +34,7 @@ class TileRecord:
     listed: str = ""  # line of the splits file that names it, for messages; "" where none does
     georeference: Georeference | None = None
     date: str = ""  # ISO 8601, "" where unknown
+    cloud_cover: float | None = None  # of its image, 0 to 1
     valid_share: float = 1.0  # share of the tile's pixels that hold data
     padded: bool = False
     partitions: Mapping[str, Split] = field(default_factory=dict, hash=False)  # by name, if there are several

@@ -10,38 +10,13 @@ from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.warp import Resampling, reproject, transform_bounds
 
-from satdifuser.errors import ImageError, SettingsError, SourceError
-from satdifuser.extract.sources.classes import ClassList
-from satdifuser.extract.sources.files import TIFF_SUFFIXES, georeference_of, open_raster
-from satdifuser.extract.sources.tile import Georeference
+from satdifuser.errors import ImageError, SourceError
+from satdifuser.labels.classes import ClassList
+from satdifuser.store.georeference import Georeference, georeference_of, open_raster
 
 OUTSIDE = -(2**31)  # marks pixels the label raster does not cover; no class has this id
 
 Bounds = tuple[float, float, float, float]  # (left, bottom, right, top) in units of a CRS
-
-
-def find_labels(labels: Path, scene: Path) -> Path:
-    """Return the label raster of a scene: ``labels`` itself, or the file of the scene's stem in that folder.
-
-    Raises:
-        SettingsError: there is no such file or folder.
-        SourceError: the folder has none for this scene.
-    """
-    if labels.is_file():
-        return labels
-    if not labels.is_dir():
-        raise SettingsError(
-            f"source.labels: {labels} is missing; expected a label raster or a folder of them, "
-            "its path seen from the working folder"
-        )
-    choices = [labels / f"{scene.stem}{end}" for end in TIFF_SUFFIXES]
-    for path in choices:
-        if path.is_file():
-            return path
-    raise SourceError(
-        f"source.labels: no label raster for {scene}; expected {' or '.join(map(str, choices))}, "
-        "or remove source.labels"
-    )
 
 
 def check_overlap(path: Path, scene: Path, grid: Georeference, size: tuple[int, int]) -> None:

@@ -1,0 +1,246 @@
+"""Assesses a map against reference labels on the map's own grid, block by block.
+
+Legend: K classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rasterio.crs import CRS
+from rasterio.windows import Window
+from tqdm import tqdm
+
+from satdifuser.errors import LabelError, RunError
+from satdifuser.evaluate.maps.estimators import Accuracy, Estimate, estimate
+from satdifuser.evaluate.maps.map_file import CLASSES_TAG, MODEL_TAG, NODATA
+from satdifuser.fuse.run_folder import open_run
+from satdifuser.labels.classes import IGNORE
+from satdifuser.labels.label_file import LabelFile, Tally, explain_miss, open_labels
+from satdifuser.labels.settings import LabelSettings
+from satdifuser.store.georeference import Georeference, georeference_of, open_raster
+
+BLOCK = 1024  # px a side, read at once
+EARTH_RADIUS = 6_371_007.0  # m, of the sphere with the area of the earth
+HECTARE = 1e4  # m²
+WEB_MERCATOR = 3857
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a map and its reference hold."""
+
+    counts: NDArray[np.int64]  # (K, K) reference pixels; rows are the map, columns the reference
+    mapped: NDArray[np.float64]  # (K,) m² of ground mapped as each class
+    notes: list[str]
+
+
+def assess_map(
+    run_folder: Path, map_path: Path, reference: Path, settings: LabelSettings, level: float
+) -> dict[str, Any]:
+    """Measure a map of a run against reference labels.
+
+    Args:
+        run_folder: The run that made the map.
+        map_path: GeoTIFF with class numbers in band 1, 255 where there is none, names in SATDIFUSER_CLASSES.
+        reference: Polygons, points or a raster of class ids.
+        settings: How these become labels of pixels.
+        level: Of the intervals.
+
+    Returns:
+        Overall accuracy; per class user's and producer's accuracy, mapped area and area in hectares; each
+        estimate with its interval, None where nothing can be said; the confusion matrix and its shares of
+        the area; notes.
+
+    Raises:
+        RunError: the map is not of this run, or has no class names.
+        LabelError: the reference cannot be placed, misses the map, or is of unknown classes.
+    """
+    classes = [str(name) for name in open_run(run_folder).info["classes"]]
+    with open_raster(map_path) as dataset:
+        _check_map(run_folder, map_path, dataset, classes)
+        place = _placed(map_path, dataset)
+        labels = open_labels(reference, settings, settings.classes, classes)
+        counted = _count(dataset, place, labels, len(classes))
+    accuracy = estimate(counted.counts, counted.mapped / HECTARE, level)
+    return _report(map_path, labels, classes, counted, accuracy, level)
+
+
+def _check_map(run_folder: Path, path: Path, dataset: Any, classes: list[str]) -> None:
+    tags = dataset.tags()
+    try:
+        named = json.loads(tags.get(CLASSES_TAG, ""))
+    except ValueError:
+        raise RunError(
+            f"{path}: has no class names (tag {CLASSES_TAG}), so it is no map of `satdifuser predict`; "
+            "make one with "
+            f"`satdifuser predict {run_folder} SCENE -o MAP.tif`"
+        ) from None
+    if named != classes:
+        raise RunError(
+            f"{path}: maps the classes {', '.join(map(str, named))}, but {run_folder} knows "
+            f"{', '.join(classes)}; "
+            "name the run that made the map"
+        )
+    model = open_run(run_folder).info.get("model_sha256")
+    if tags.get(MODEL_TAG, model) != model:
+        raise RunError(
+            f"{path}: was made by another run than {run_folder} (their weights differ); name that run, or "
+            "map again"
+        )
+
+
+def _placed(path: Path, dataset: Any) -> Georeference:
+    place = georeference_of(dataset)
+    if place is None:
+        raise RunError(
+            f"{path}: has no CRS or transform, so no reference can be laid on it; map the scene again"
+        )
+    return place
+
+
+def _count(dataset: Any, place: Georeference, labels: LabelFile, classes: int) -> Counted:
+    """Go through the map and count pixels and ground."""
+    counts, mapped = np.zeros((classes, classes), np.int64), np.zeros(classes)
+    tally = Tally()
+    blocks = list(_blocks(*dataset.shape))
+    for row, col, height, width in tqdm(blocks, desc="assess", unit="block", disable=None):
+        values = dataset.read(1, window=Window(col, row, width, height))
+        here = place.shifted(row, col)
+        _check_values(dataset, values, classes)
+        holds = values != NODATA
+        lines = np.broadcast_to(np.arange(height)[:, None], values.shape)
+        cells = np.bincount(lines[holds] * classes + values[holds], minlength=height * classes).reshape(
+            height, classes
+        )
+        mapped += pixel_areas(here, height, width) @ cells
+        truth = labels.mask(here, (height, width), tally)
+        both = holds & (truth != IGNORE)
+        pairs = values[both].astype(np.int64) * classes + truth[both]
+        counts += np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+    if not counts.any():
+        raise LabelError(explain_miss(labels, tally, [place], dataset.shape))
+    return Counted(counts, mapped, [*labels.notes(tally), *_notes(place)])
+
+
+def _blocks(height: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+    for row in range(0, height, BLOCK):
+        for col in range(0, width, BLOCK):
+            yield row, col, min(BLOCK, height - row), min(BLOCK, width - col)
+
+
+def _check_values(dataset: Any, values: NDArray[Any], classes: int) -> None:
+    wrong = np.unique(values[(values >= classes) & (values != NODATA)])
+    if len(wrong):
+        raise RunError(
+            f"{dataset.name}: holds the class number {wrong[0]}, expected 0 to {classes - 1}, or {NODATA} "
+            "for no data; "
+            "map the scene again"
+        )
+
+
+def pixel_areas(place: Georeference, height: int, width: int) -> NDArray[np.float64]:
+    """Ground under a pixel of each row (H,) in m²; where the grid is in degrees, on a sphere."""
+    a, b, _, d, e, _ = place.transform
+    area, crs = abs(a * e - b * d), CRS.from_user_input(place.crs)
+    if not crs.is_geographic:
+        return np.full(height, area * float(crs.linear_units_factor[1]) ** 2)
+    latitudes = np.array([place.at(row + 0.5, width / 2)[1] for row in range(height)])
+    areas: NDArray[np.float64] = area * np.cos(np.radians(latitudes)) * math.radians(EARTH_RADIUS) ** 2
+    return areas
+
+
+def _notes(place: Georeference) -> list[str]:
+    if CRS.from_user_input(place.crs).to_epsg() != WEB_MERCATOR:
+        return []
+    return ["warning: areas in EPSG:3857 are larger than on the ground; map a scene in another projection"]
+
+
+def _report(
+    map_path: Path,
+    labels: LabelFile,
+    classes: list[str],
+    counted: Counted,
+    accuracy: Accuracy,
+    level: float,
+) -> dict[str, Any]:
+    users, producers = (_told(e, 0, 1) for e in (accuracy.users, accuracy.producers))
+    areas = _told(accuracy.areas, 0, math.inf)
+    rows = zip(classes, users, producers, counted.mapped / HECTARE, areas, strict=True)
+    return {
+        "map": str(map_path),
+        "reference": str(labels.path),
+        "level": level,
+        "reference_pixels": int(counted.counts.sum()),
+        "overall_accuracy": _told(accuracy.overall, 0, 1)[0],
+        "classes": {
+            name: {"users_accuracy": u, "producers_accuracy": p, "mapped_ha": float(m), "area_ha": a}
+            for name, u, p, m, a in rows
+        },
+        "confusion": counted.counts.tolist(),
+        "confusion_shares": accuracy.proportions.tolist(),
+        "notes": counted.notes + _unsampled(classes, counted),
+    }
+
+
+def _told(estimate: Estimate, low: float, high: float) -> list[dict[str, Any]]:
+    """Each value with its interval, as plain JSON values."""
+    ends = estimate.bounded(low, high)
+    columns = [np.atleast_1d(column).tolist() for column in (estimate.value, *ends)]
+    return [
+        {"value": _number(value), "interval": [_number(first), _number(last)]}
+        for value, first, last in zip(*columns, strict=True)
+    ]
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _unsampled(classes: list[str], counted: Counted) -> list[str]:
+    """Classes of the map of which the reference says nothing."""
+    total = counted.mapped.sum()
+    return [
+        f"warning: no reference pixel on what is mapped as {name}: {area / total:.1%} of the map is left "
+        "out of all "
+        "estimates"
+        for name, area, drawn in zip(classes, counted.mapped, counted.counts.sum(axis=1), strict=True)
+        if area and not drawn
+    ]
+
+
+def format_assessment(found: dict[str, Any]) -> str:
+    """An assessment for reading."""
+    classes = found["classes"]
+    width = max(5, *(len(name) for name in classes))
+    lines = [
+        f"{found['map']} against {found['reference']}: {found['reference_pixels']} reference pixels",
+        f"overall accuracy {_shown(found['overall_accuracy'], 3)}, by area",
+        "",
+        f"{'':{width}}  {'users accuracy':>22}  {'producers accuracy':>22}  {'mapped ha':>12}  area ha",
+    ]
+    for name, row in classes.items():
+        users, producers = (_shown(row[key], 3) for key in ("users_accuracy", "producers_accuracy"))
+        area = _shown(row["area_ha"], 1)
+        lines.append(f"{name:{width}}  {users:>22}  {producers:>22}  {row['mapped_ha']:12.1f}  {area}")
+    lines += ["", "reference pixels; rows: the map, columns: the reference"]
+    lines.append(f"{'':{width}}  " + "  ".join(f"{name:>8}" for name in classes))
+    for name, row in zip(classes, found["confusion"], strict=True):
+        cells = zip(classes, row, strict=True)
+        lines.append(f"{name:{width}}  " + "  ".join(f"{n:>{max(8, len(c))}}" for c, n in cells))
+    return "\n".join(lines)
+
+
+def _shown(estimate: dict[str, Any], digits: int) -> str:
+    value, (low, high) = estimate["value"], estimate["interval"]
+    if value is None:
+        return "not known"
+    interval = "[not known]" if low is None else f"[{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:.{digits}f} {interval}"
