@@ -42,6 +42,10 @@ class BackboneError(SatDiFuserError, ValueError):
     """A backbone folder is incomplete, or does not fit the request."""
 
 
+class DeviceError(SatDiFuserError, RuntimeError):
+    """The device lacks the memory for what is asked of it."""
+
+
 class FeatureError(SatDiFuserError, ArithmeticError):
     """A feature value cannot be stored: not finite, or beyond the encoding's range."""
 

@@ -26,7 +26,7 @@ from satdifuser.extract.settings import (
     SourceSettings,
     SyntheticSettings,
 )
-from satdifuser.fuse.settings import FitSettings
+from satdifuser.fuse.settings import SweepSettings
 from satdifuser.labels.settings import LabelSettings
 from satdifuser.store.settings import Settings, StoreSettings
 
@@ -60,7 +60,7 @@ class Pipeline(Settings):
     extract: ExtractSettings = ExtractSettings()
     label: LabelSettings = LabelSettings()
     store: StoreSettings = StoreSettings()
-    fit: FitSettings = FitSettings()
+    fit: SweepSettings = SweepSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     output: Path = Path("out")
 
@@ -243,7 +243,7 @@ def _known_keys() -> set[str]:
 
 
 def run_pipeline(pipeline: Pipeline, overwrite: bool = False, ignore_free_space: bool = False) -> str:
-    """Run all stages: extract, fit every fusion and seed, measure, report.
+    """Run all stages: extract, fit every fusion and seed, measure the best of each on val, report.
 
     Each stage goes on where an earlier run stopped, and does nothing where it is done.
 
@@ -255,6 +255,7 @@ def run_pipeline(pipeline: Pipeline, overwrite: bool = False, ignore_free_space:
     Returns:
         The results table and the paths of what was written, for the terminal.
     """
+    from satdifuser.evaluate.chosen import best_of_each, ensure_all_evaluated
     from satdifuser.evaluate.report.page import write_report
     from satdifuser.evaluate.results import format_table, results_table
     from satdifuser.extract.job import Job
@@ -262,7 +263,9 @@ def run_pipeline(pipeline: Pipeline, overwrite: bool = False, ignore_free_space:
 
     job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
     store = extract(job, pipeline.store_path, overwrite, ignore_free_space)
-    runs = fit_all(store, pipeline, pipeline.output / "runs", overwrite)
+    fitted = fit_all(store, pipeline, pipeline.output / "runs", overwrite)
+    runs = best_of_each(fitted)
+    ensure_all_evaluated(runs, None, pipeline.evaluate)
     page = write_report(runs, pipeline.output / "report.html", command_line())
     paths = {"features": store.path, "runs": pipeline.output / "runs", "report": page}
     written = "\n".join(f"{name:9} {path}" for name, path in paths.items())
@@ -270,30 +273,24 @@ def run_pipeline(pipeline: Pipeline, overwrite: bool = False, ignore_free_space:
 
 
 def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bool = False) -> list[Path]:
-    """Fit and measure the baselines, and every fusion with every seed; return their run folders.
+    """Fit the baselines and every candidate of the sweep, and measure them on val; return their folders.
 
-    What is already there, fitted and measured with these settings, is kept.
+    What is already there, fitted with these settings, is kept. The test split is not read.
     """
     from satdifuser.evaluate.baselines import fit_baselines
-    from satdifuser.evaluate.evaluation import ensure_evaluated, measure
-    from satdifuser.fuse.data import TrainingData
-    from satdifuser.fuse.train import check_task, fit
+    from satdifuser.evaluate.evaluation import ensure_measured_on_val, new_outcome
+    from satdifuser.fuse.fit import check_task, fit_candidates
+    from satdifuser.fuse.grid import expand
 
     check_task(store, pipeline.fit)
-    data = TrainingData(store, pipeline.fit)  # read once for all fusions and seeds
-    runs = []
+    candidates, runs = expand(pipeline.fit, store), []
     if pipeline.evaluate.baselines:
-        runs += [
-            run.path
-            for run in fit_baselines(store, pipeline.evaluate, folder, overwrite, pipeline.fit.partition)
-        ]
-    for fusion in pipeline.fit.fusion:
-        for seed in pipeline.fit.seeds:
-            path = folder / f"{fusion}-seed{seed}"
-            run = fit(store, pipeline.fit, fusion, seed, path, measure, overwrite, data)
-            ensure_evaluated(run, store, pipeline.evaluate)
-            runs.append(path)
-    return runs
+        runs += fit_baselines(store, pipeline.evaluate, folder, overwrite, pipeline.fit.partition)
+    board = folder / "leaderboard.csv"
+    fitted = fit_candidates(store, candidates, folder, new_outcome, overwrite, board)
+    for run in fitted:
+        ensure_measured_on_val(run, store, pipeline.evaluate)
+    return [run.path for run in [*runs, *fitted]]
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,15 @@ import platform
 import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from satdifuser.errors import SettingsError, SourceError
-from satdifuser.extract.backbone import Backbone, BackboneInfo, resolve_device, tensor_digest
+from satdifuser.extract.backbone import Backbone, BackboneInfo, tensor_digest
+from satdifuser.extract.device import resolve_device
 from satdifuser.extract.images import COLOUR_STATISTICS
 from satdifuser.extract.layers import select_layers
 from satdifuser.extract.metadata import count_missing
@@ -46,7 +47,7 @@ from satdifuser.store.schema import (
 )
 from satdifuser.store.settings import StoreSettings
 
-CPU_BATCH, GPU_BATCH = 8, 32
+CPU_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Job:
     def images(self) -> ImageSettings:
         """How raw values become RGB."""
         return image_settings(self.source_settings)
+
+    def with_batch(self, tiles: int) -> Job:
+        """The same job in batches of so many tiles."""
+        return replace(self, settings=self.settings.model_copy(update={"batch_size": tiles}))
 
 
 def fix_automatic(job: Job, out: Path, overwrite: bool) -> Job:
@@ -85,14 +90,14 @@ def fix_automatic(job: Job, out: Path, overwrite: bool) -> Job:
     return Job(job.source_settings, backbone, settings, job.store)
 
 
-def default_batch(prompt: str | list[str], device: str) -> int:
-    """Tiles of a batch: as many as there are prompts, if there are several."""
+def default_batch(prompt: str | list[str], device: str) -> int | Literal["auto"]:
+    """Tiles of a batch: as many as there are prompts, if there are several; on a GPU to be found by trial."""
     if isinstance(prompt, list):
         return len(prompt)
-    return GPU_BATCH if device.startswith("cuda") else CPU_BATCH
+    return "auto" if device.startswith("cuda") else CPU_BATCH
 
 
-def check_prompts(prompt: str | list[str], batch: int) -> None:
+def check_prompts(prompt: str | list[str], batch: int | Literal["auto"]) -> None:
     """Refuse several prompts that are not one for each tile of a batch."""
     if isinstance(prompt, list) and len(prompt) != batch:
         raise SettingsError(
@@ -149,6 +154,15 @@ def plan_layers(
     return image_size, layers
 
 
+def tiles_per_shard(job: Job, kept: Sequence[LayerInfo], tiles: int) -> int:
+    """Tiles of a shard, for a store that keeps these layers of so many tiles."""
+    asked = job.store.tiles_per_shard
+    if asked == "auto":
+        steps = len(resolve_timesteps(job.settings.timesteps))
+        asked = auto_tiles_per_shard(kept, steps, job.store.encoding, tiles)
+    return min(asked, tiles)
+
+
 def new_attributes(
     job: Job,
     source: Source,
@@ -160,10 +174,7 @@ def new_attributes(
     """What a new store will declare about itself."""
     timesteps = resolve_timesteps(job.settings.timesteps)
     layers = kept_layers(layers, job.store)
-    asked = job.store.tiles_per_shard
-    if asked == "auto":
-        asked = auto_tiles_per_shard(layers, len(timesteps), job.store.encoding, len(records))
-    per_shard = min(asked, len(records))
+    per_shard = tiles_per_shard(job, layers, len(records))
     size = tile_size(records)
     identity = feature_identity(job, backbone, image_size, size)
     ids = [record.tile_id for record in records]
@@ -222,7 +233,7 @@ def resolved_settings(
     size: tuple[int, int],
     image_size: tuple[int, int],
     timesteps: list[int],
-    tiles_per_shard: int,
+    per_shard: int,
 ) -> dict[str, Any]:
     """The settings of a job as plain JSON values by section, with what their presets and autos became."""
     source = job.source_settings.model_dump(mode="json") | {"tile_size": list(size)}
@@ -231,7 +242,7 @@ def resolved_settings(
         "source": source,
         "backbone": job.backbone_settings.model_dump(mode="json"),
         "extract": settings | {"image_size": list(image_size), "timesteps": timesteps},
-        "store": job.store.model_dump(mode="json") | {"tiles_per_shard": tiles_per_shard},
+        "store": job.store.model_dump(mode="json") | {"tiles_per_shard": per_shard},
     }
 
 
@@ -268,7 +279,14 @@ def feature_identity(
         "device": backbone.device.type,
         "encoding": job.store.encoding,
         "pool": job.store.model_dump(mode="json")["pool"] if job.store.encoding == "reduced" else None,
+        **_unusual(job),
     }
+
+
+def _unusual(job: Job) -> dict[str, Any]:
+    """Settings that older stores do not know, where they differ from what those were made with."""
+    found = {"compile": job.settings.compile, "overflow": job.backbone_settings.overflow}
+    return {name: value for name, value in found.items() if value not in (False, "stop")}
 
 
 def _software() -> dict[str, str]:

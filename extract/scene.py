@@ -6,6 +6,7 @@ so the noise, that a store of the same grid gives them. Letters of shapes: B til
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import rasterio
+import torch
 from numpy.typing import NDArray
 
-from satdifuser.extract.images import Floats, band_positions, scale_to_rgb
+from satdifuser.extract.background import Background
+from satdifuser.extract.compute import Shard, Work, compute_batch
+from satdifuser.extract.images import band_positions, resize, scale_to_rgb
 from satdifuser.extract.metadata import collect_metadata
-from satdifuser.extract.run import Work, compute_batch, encode_batch
+from satdifuser.extract.reading import ReadTile
 from satdifuser.extract.sources.files import Header, raster_window, valid_pixels
 from satdifuser.extract.sources.grid import pad_edge, pad_with, shift
 from satdifuser.extract.sources.tile import Tile, TileRecord
@@ -26,6 +30,7 @@ from satdifuser.store.batches import read_ahead
 from satdifuser.store.georeference import open_raster
 from satdifuser.store.reader import Stored
 from satdifuser.store.tile_grid import TileGrid
+from satdifuser.store.writer import TileRow
 
 PANEL = 4096  # columns whose validity is found at once, which takes all bands
 CACHE_MB = 512  # of decoded blocks, else a share of all memory
@@ -37,8 +42,8 @@ class SceneTile:
 
     column: int  # in the grid
     record: TileRecord
-    rgb: Floats  # (3, H, W)
-    valid: NDArray[np.bool_]  # (H, W)
+    valid: NDArray[np.bool_]  # (H, W) where it holds data
+    read: ReadTile
 
 
 class SceneFeatures:
@@ -69,22 +74,27 @@ class SceneFeatures:
         Yields:
             Their columns; where they hold data (B, H, W); their features as a store keeps them.
         """
-        for batch in read_ahead(self._batches(row, columns)):
-            records = [tile.record for tile in batch]
-            work = self.work
-            if work.job.backbone_settings.metadata:
-                work = replace(work, metadata=collect_metadata(records, work.image_size))
-            ids = [record.tile_id for record in records]
-            _, maps = compute_batch(work, list(zip(ids, (tile.rgb for tile in batch), strict=True)))
-            yield (
-                [tile.column for tile in batch],
-                np.stack([tile.valid for tile in batch]),
-                encode_batch(work, ids, maps),
-            )
+        under_way: deque[tuple[list[SceneTile], Shard]] = deque()
+        with Background("fetch") as fetching:
+            for batch in read_ahead(self._batches(row, columns)):
+                shard = Shard()
+                compute_batch(self._work_for(batch), [tile.read for tile in batch], shard, fetching)
+                under_way.append((batch, shard))
+                if len(under_way) > 1:  # the network works on one while the backbone is at the next
+                    yield _finished(*under_way.popleft())
+            while under_way:
+                yield _finished(*under_way.popleft())
+
+    def _work_for(self, batch: Sequence[SceneTile]) -> Work:
+        """What computes a batch, with its metadata where the backbone reads any."""
+        if not self.work.job.backbone_settings.metadata:
+            return self.work
+        records = [tile.record for tile in batch]
+        return replace(self.work, metadata=collect_metadata(records, self.work.image_size))
 
     def _batches(self, row: int, columns: Sequence[int]) -> Iterator[list[SceneTile]]:
         """The tiles of a row that hold data, as many at a time as go through the backbone together."""
-        size, batch = int(self.work.job.settings.batch_size), []
+        size, batch = self.work.batch_size, list[SceneTile]()
         for tile in self._tiles(row, columns):
             batch.append(tile)
             if len(batch) == size:
@@ -108,18 +118,11 @@ class SceneFeatures:
     def _prepare(
         self, column: int, top: int, left: int, image: NDArray[Any], valid: NDArray[np.bool_]
     ) -> SceneTile:
-        record = TileRecord(
-            tile_id=tile_id(self.scene, top, left),
-            path=str(self.scene),
-            split="none",
-            size=self.grid.tile,
-            georeference=shift(self.header.georeference, top, left),
-            date=self.header.date,
-            cloud_cover=self.header.cloud_cover,
-        )
+        record = tile_record(self.scene, self.header, self.grid, top, left)
         prepared = scale_to_rgb(Tile(record, image, valid), self._chosen)
         self.values.add(prepared)
-        return SceneTile(column, record, prepared.rgb, valid)
+        rgb = resize(torch.from_numpy(prepared.rgb)[None], self.work.image_size)[0]
+        return SceneTile(column, record, valid, ReadTile(TileRow(record.tile_id, "none"), prepared, rgb))
 
     def _read_strip(self, window: tuple[int, int, int, int]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Red, green and blue of a window as stored (3, h, w), and where they hold data (h, w)."""
@@ -136,6 +139,29 @@ class SceneFeatures:
 def tile_id(scene: Path, top: int, left: int) -> str:
     """The id of a tile, as the source `scenes` gives it."""
     return f"{scene.stem}/{top}_{left}"
+
+
+def tile_record(scene: Path, header: Header, grid: TileGrid, top: int, left: int) -> TileRecord:
+    """What is known of a tile of a scene before a pixel is read."""
+    return TileRecord(
+        tile_id=tile_id(scene, top, left),
+        path=str(scene),
+        split="none",
+        size=grid.tile,
+        georeference=shift(header.georeference, top, left),
+        date=header.date,
+        cloud_cover=header.cloud_cover,
+    )
+
+
+def _finished(batch: Sequence[SceneTile], shard: Shard) -> tuple[list[int], NDArray[np.bool_], Stored]:
+    """Wait for the features of a batch, which may have been split."""
+    parts = [part.result().encoded for part in shard.batches]
+    stored = {
+        group: {name: np.concatenate([part[group][name] for part in parts]) for name in arrays}
+        for group, arrays in parts[0].items()
+    }
+    return [tile.column for tile in batch], np.stack([tile.valid for tile in batch]), stored
 
 
 def find_bands(scene: Path, header: Header, bands: Sequence[int | str] | None) -> list[int]:

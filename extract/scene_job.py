@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from satdifuser.errors import SettingsError
-from satdifuser.extract.backbone import find_backbone, load_backbone
+from satdifuser.extract.backbone import find_backbone
 from satdifuser.extract.changes import file_state
-from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.job import Job, feature_identity, fix_automatic, plan_layers
-from satdifuser.extract.run import Work
-from satdifuser.extract.scene import SceneFeatures, find_bands
+from satdifuser.extract.run import prepare_work
+from satdifuser.extract.scene import SceneFeatures, find_bands, tile_record
 from satdifuser.extract.settings import ScenesSettings, SourceSettings
 from satdifuser.extract.sources.files import Header, read_header
 from satdifuser.extract.sources.grid import offsets, parse_size
@@ -24,6 +21,7 @@ from satdifuser.extract.sources.scenes import check_placed, told_header
 from satdifuser.extract.sources.tile import TileRecord
 from satdifuser.store.georeference import Georeference, open_raster
 from satdifuser.store.place import ground_distance
+from satdifuser.store.schema import MAX_TILES_PER_SHARD
 from satdifuser.store.tile_grid import TileGrid
 
 TOLERATED = 1.5  # ratio of pixel sizes beyond which people are warned
@@ -125,13 +123,10 @@ def scene_features(
     info = find_backbone(job.backbone_settings)
     size = parse_size(source.tile_size)
     image_size, layers = plan_layers(job, info, size)
-    torch.set_num_threads(int(job.settings.threads))
-    backbone = load_backbone(info, job.backbone_settings)
-    work = Work(job, FeatureExtractor(backbone, job.settings, layers), image_size, {})
-    return (
-        SceneFeatures(work, scene.path, scene.header, grid, source.nodata),
-        feature_identity(job, backbone, image_size, size),
-    )
+    first = tile_record(scene.path, scene.header, grid, grid.tops[0], grid.lefts[0])
+    work = prepare_work(job, info, image_size, layers, [first], MAX_TILES_PER_SHARD)
+    features = SceneFeatures(work, scene.path, scene.header, grid, source.nodata)
+    return features, feature_identity(work.job, work.extractor.backbone, image_size, size)
 
 
 def scenes_settings(settings: SourceSettings) -> ScenesSettings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,14 @@ from numpy.typing import NDArray
 
 from satdifuser.errors import RunError
 from satdifuser.fuse.data import Standard, as_feature_maps, decode, to_tensors
+from satdifuser.fuse.inputs import Statistics, whole_inputs
 from satdifuser.fuse.run_folder import Run
 from satdifuser.fuse.train import load_network
 from satdifuser.store.reader import Stored
-from satdifuser.store.schema import differing_fields
+from satdifuser.store.schema import LayerInfo, differing_fields, group_layers
 
-LAST_BITS = (
-    "device",
-    "batch_size",
-    "threads",
-    "encoded_from",
-)  # of a feature's identity: no more depends on them
+# What of a feature's identity shapes no more than its last bits
+LAST_BITS = ("device", "batch_size", "threads", "compile", "overflow", "encoded_from")
 OWN_TO_IMAGES = ("bands", "scale", "offset")  # how the values of other images become RGB
 
 
@@ -42,11 +39,12 @@ class Predictor:
                 "`satdifuser fit`, or first `satdifuser evaluate` an imported one on a store"
             )
         self.run, self.layers = run, run.layers
+        self._inputs = whole_inputs(run.info["timesteps"], self.layers)
         self.classes: list[str] = run.info["classes"]
         self.task: str = run.info["task"]
         self.network, statistics, _ = load_network(run)
         self.device = next(self.network.parameters()).device
-        self._standard = None if statistics is None else Standard(statistics, self.device)
+        self._standard = Standard(_renamed(statistics, self.layers), self.device) if statistics else None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -94,14 +92,16 @@ class Predictor:
         """Logits of some tiles.
 
         Args:
-            stored: Their features as a store keeps them: group to array to (B, T, L, …).
+            stored: Their features as a store of just the run's timesteps and layers keeps them: group to
+                array to (B, T, L, …).
             size: (H, W) px of the tiles, where every pixel has a class.
 
         Returns:
             (B, classes) or (B, classes, H, W) float32.
         """
         maps = decode(self.layers, to_tensors(stored, self.device))
-        logits, _ = self.network(as_feature_maps(self.layers, maps, self._standard), size)
+        laid_out = as_feature_maps(self.layers, maps, self._standard, self._inputs)
+        logits, _ = self.network(laid_out, size)
         found: NDArray[np.float32] = logits.float().cpu().numpy()
         return found
 
@@ -118,3 +118,10 @@ def _shaping(identity: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in identity.items() if name not in LAST_BITS}
     images = {name: value for name, value in identity["images"].items() if name not in OWN_TO_IMAGES}
     return kept | {"images": images}
+
+
+def _renamed(statistics: Statistics, layers: Sequence[LayerInfo]) -> Statistics:
+    """Statistics by the names that groups have among these layers alone; a store of more may name others."""
+    found = {(name.split("_c")[0], pair[0].shape[-1]): pair for name, pair in statistics.items()}
+    own = {name: layers[held[0]] for name, held in group_layers(layers).items()}
+    return {name: found[f"stride_{layer.stride:02d}", layer.channels] for name, layer in own.items()}

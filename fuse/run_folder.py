@@ -68,7 +68,7 @@ class Run:
         except (TypeError, ValueError) as error:
             raise RunError(
                 f"{path}: is damaged: {error}; delete it, which starts its count of test reads anew, and "
-                f"measure the run again: `satdifuser evaluate {self.path}`, for a baseline `satdifuser fit`"
+                f"measure the run again: `satdifuser evaluate {self.path}`"
             ) from error
         return metrics
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -20,6 +20,7 @@ from satdifuser.extract.settings import (
     ScenesSettings,
     SyntheticSettings,
 )
+from satdifuser.fuse.settings import FusionName
 from satdifuser.pipeline import Pipeline, load_pipeline, packaged_presets
 from satdifuser.store.settings import Settings
 
@@ -244,7 +245,7 @@ def test_scale_may_be_a_fraction() -> None:
 # --- presets
 
 
-@pytest.mark.parametrize("name", sorted(packaged_presets()))
+@pytest.mark.parametrize("name", sorted(packaged_presets().keys() - {"ablation"}))
 def test_every_preset_is_valid_and_opens_with_its_command(name: str) -> None:
     pipeline = load_pipeline(Path(name))
     lines = packaged_presets()[name].read_text().splitlines()
@@ -253,6 +254,13 @@ def test_every_preset_is_valid_and_opens_with_its_command(name: str) -> None:
     assert (extract.noising, extract.latent, extract.prediction) == ("inversion", "sample", "epsilon")
     assert (fit.epochs, fit.lr, fit.warmup_epochs, fit.final_lr, fit.patience) == (40, 0.01, 5, 1e-5, 10)
     assert (fit.projection, fit.experts, fit.top_k, fit.normalise) == (384, 8, 2, False)
+
+
+def test_the_preset_of_the_ablation_names_its_five_rows() -> None:
+    pipeline = load_pipeline(Path("ablation"))
+    assert pipeline.fit.fusion == list(get_args(FusionName))
+    assert pipeline.model_copy(update={"fit": Pipeline().fit}) == Pipeline()
+    assert "# satdifuser fit eurosat.zarr -c ablation " in packaged_presets()["ablation"].read_text()
 
 
 def test_presets_of_the_benchmark_are_those_of_its_data_sets() -> None:

@@ -12,7 +12,7 @@ import shapely
 from satdifuser.errors import MapError, SettingsError
 from satdifuser.evaluate.maps.area import Area, Raster, polygon_area, whole, window_area
 from satdifuser.evaluate.maps.pixel_maps import MapOptions, TileFeatures, map_tags, write_pixel_map
-from satdifuser.evaluate.maps.store_features import StoreFeatures, choose_tiles, select_features
+from satdifuser.evaluate.maps.store_features import NetworkInputs, StoreFeatures, choose_tiles
 from satdifuser.evaluate.maps.strip_file import StripFile
 from satdifuser.evaluate.maps.tile_maps import (
     find_ground,
@@ -147,12 +147,12 @@ def predict_store(
         StoreError: the tiles lie on no one grid.
         SatDiFuserError: as `check_request` and `find_area`.
     """
-    rows, selection = choose_tiles(store, request.tiles), select_features(store, predictor)
+    rows, inputs = choose_tiles(store, request.tiles), NetworkInputs(store, predictor)
     name = scene.name if scene else Path(str(store.path)).name
     date = scene.date if scene else common_date(store)
     tags = map_tags(predictor.run, name, date)
     if predictor.task == "segmentation":
-        features = StoreFeatures(store, rows, selection, scene.raster if scene else None)
+        features = StoreFeatures(inputs, rows, scene.raster if scene else None)
         asked = request.window or request.aoi or scene
         area = find_area(features.raster, request) if asked else features.covered()
         features.grid = features.grid.touching(area.window)
@@ -165,7 +165,7 @@ def predict_store(
         tops, lefts = ground.places.T.tolist()
         kept = find_area(ground.raster, request).touches(tops, lefts, ground.tile)
         rows, ground = rows[kept], ground.only(kept)
-    results = predict_store_tiles(predictor, store, rows, selection, ground)
+    results = predict_store_tiles(predictor, inputs, rows, ground)
     return write_results(results, request.out, request.options, tags)
 
 

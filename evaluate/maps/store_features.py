@@ -16,7 +16,8 @@ from rasterio.crs import CRS
 from satdifuser.errors import StoreError
 from satdifuser.evaluate.maps.area import Area, Raster
 from satdifuser.fuse.predictor import Predictor
-from satdifuser.store.reader import FeatureStore, Indices, Selection, Stored
+from satdifuser.store.reader import FeatureStore, Indices, Stored
+from satdifuser.store.schema import group_layers
 from satdifuser.store.tile_grid import regular_grid
 
 TILES_PER_READ = 16
@@ -39,35 +40,48 @@ def choose_tiles(store: FeatureStore, pattern: str = "*") -> Indices:
     return chosen
 
 
-def select_features(store: FeatureStore, predictor: Predictor) -> Selection:
-    """The timesteps and layers that a network reads.
+class NetworkInputs:
+    """What a network reads of a store: its timesteps and layers, by the names that their groups have alone.
+
+    Args:
+        store: A complete store.
+        predictor: The network.
 
     Raises:
         RunError: the store's features are not those that the network was fitted on.
         SettingsError: the store lacks a timestep or layer.
     """
-    predictor.require_features(store.attributes.feature_identity, str(store.path))
-    names = [layer.name for layer in predictor.layers]
-    return store.selection(predictor.run.info["timesteps"], names)
+
+    def __init__(self, store: FeatureStore, predictor: Predictor) -> None:
+        predictor.require_features(store.attributes.feature_identity, str(store.path))
+        names = [layer.name for layer in predictor.layers]
+        self.store = store
+        self._selection = store.selection(predictor.run.info["timesteps"], names)
+        table, own = store.attributes.layers, group_layers(predictor.layers)
+        shapes = {predictor.layers[held[0]].group_key: name for name, held in own.items()}
+        self._names = {g: shapes[table[store.groups[g][0]].group_key] for g in self._selection.layers}
+
+    def stored(self, rows: Indices) -> Stored:
+        """Feature arrays of some rows, as they are kept."""
+        found = self.store.stored(rows, self._selection)
+        return {self._names[group]: arrays for group, arrays in found.items()}
 
 
 class StoreFeatures:
     """The features of tiles of a store that lie on one grid.
 
     Args:
-        store: A complete store.
+        inputs: What is read of the store.
         rows: The tiles.
-        selection: The timesteps and layers.
         raster: What the tiles are parts of; None for just the ground that they cover.
 
     Raises:
         StoreError: a tile has no place, or they lie on no common grid.
     """
 
-    def __init__(
-        self, store: FeatureStore, rows: Indices, selection: Selection, raster: Raster | None = None
-    ) -> None:
-        self.store, self.selection = store, selection
+    def __init__(self, inputs: NetworkInputs, rows: Indices, raster: Raster | None = None) -> None:
+        self.inputs, self.store = inputs, inputs.store
+        store = inputs.store
         self.raster, places = find_raster(store, rows, raster)
         self.grid = regular_grid(places, store.attributes.tile_size)
         self._row_of = {
@@ -81,7 +95,7 @@ class StoreFeatures:
         for start in range(0, len(held), TILES_PER_READ):
             part = held[start : start + TILES_PER_READ]
             rows = np.array([self._row_of[top, lefts[column]] for column in part])
-            yield part, self.store.valid(rows), self.store.stored(rows, self.selection)
+            yield part, self.store.valid(rows), self.inputs.stored(rows)
 
     def covered(self) -> Area:
         """The part of the raster up to the last row and column with data: tiles may be padded beyond it."""

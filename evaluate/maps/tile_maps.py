@@ -15,11 +15,11 @@ from tqdm import tqdm
 from satdifuser.errors import StoreError
 from satdifuser.evaluate.maps.area import Area
 from satdifuser.evaluate.maps.pixel_maps import TileFeatures, polygons_text, progress
-from satdifuser.evaluate.maps.store_features import TILES_PER_READ, find_raster
+from satdifuser.evaluate.maps.store_features import TILES_PER_READ, NetworkInputs, find_raster
 from satdifuser.evaluate.maps.strip_file import StripFile
 from satdifuser.evaluate.maps.tile_results import Ground, TileResults
 from satdifuser.fuse.predictor import Predictor
-from satdifuser.store.reader import FeatureStore, Indices, Selection
+from satdifuser.store.reader import FeatureStore, Indices
 from satdifuser.store.tile_grid import TileGrid
 
 
@@ -67,24 +67,23 @@ def strip_identity(identity: Mapping[str, Any], area: Area) -> dict[str, Any]:
 
 
 def predict_store_tiles(
-    predictor: Predictor, store: FeatureStore, rows: Indices, selection: Selection, ground: Ground | None
+    predictor: Predictor, inputs: NetworkInputs, rows: Indices, ground: Ground | None
 ) -> TileResults:
     """Predict some tiles of a store.
 
     Args:
         predictor: A run of whole tiles.
-        store: The store.
+        inputs: What it reads of the store.
         rows: The tiles.
-        selection: The timesteps and layers that the run reads.
         ground: Where they lie; None for a table without places.
     """
     found: list[NDArray[np.float32]] = []
     with tqdm(total=len(rows), unit="tile", desc="predict", disable=None) as bar:
         for start in range(0, len(rows), TILES_PER_READ):
             part = rows[start : start + TILES_PER_READ]
-            found.append(predictor.probabilities(predictor.logits(store.stored(part, selection))))
+            found.append(predictor.probabilities(predictor.logits(inputs.stored(part))))
             bar.update(len(part))
-    ids = [str(name) for name in store.table("tiles/tile_id")[rows]]
+    ids = [str(name) for name in inputs.store.table("tiles/tile_id")[rows]]
     return TileResults(predictor.task, predictor.classes, ids, np.concatenate(found), ground)
 
 

@@ -131,7 +131,7 @@ def count_valid(path: Path, windows: Sequence[Window], nodata: float | None = No
         return [int(valid_pixels(dataset, window, nodata).sum()) for window in windows]
 
 
-@lru_cache(maxsize=2)  # an image and its mask: consecutive tiles are cut from the same two
+@lru_cache(maxsize=8)  # an image and its mask for each thread: consecutive tiles are cut from the same two
 def decode(path: Path, modified_ns: int) -> Pixels:
     """Decode a whole JPEG or PNG; the time of change keeps the cache honest."""
     with Image.open(path) as image:

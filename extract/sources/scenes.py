@@ -51,6 +51,7 @@ class ScenesSource:
         self.ignore_value = IGNORE
         self.splits = splits_asked(settings.split) if self.labels else ()
         self.left_out = 0
+        self.thread_safe = True
 
     def records(self) -> list[TileRecord]:
         """List the tiles of all scenes, scene by scene and row by row, with splits drawn among them.
