@@ -407,6 +407,56 @@ def _assess(
 
 
 @cli.command()
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("place", metavar="SCENE|STORE", type=StorePlace())
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="NAME.tif; see below.")
+@click.option("--probabilities", is_flag=True, help="Also the probability of each class.")
+@click.option("--confidence", is_flag=True, help="Also how far the class is ahead of the next one.")
+@click.option("--window", metavar="ROW,COL,HEIGHT,WIDTH", help="Only this part of the raster, in px.")
+@click.option("--aoi", type=click.Path(path_type=Path), help="Only inside the polygons of this vector file.")
+@click.option("--overlap", type=int, help="Pixels that neighbouring tiles share.  [default: 1/4 of a tile]")
+@click.option(
+    "--resample", metavar="METRES", help="Pixel size at which the scene is seen; auto: that of the fit."
+)
+@click.option(
+    "--store", "keep", type=click.Path(path_type=Path), help="Keep the scene's features in this store."
+)
+@click.option("--tiles", default="*", show_default=True, help="Of a store: only tiles whose id matches this.")
+@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
+@overwrite_option
+def predict(
+    run_folder: Path,
+    place: Location,
+    out: Path,
+    probabilities: bool,
+    confidence: bool,
+    window: str | None,
+    aoi: Path | None,
+    overlap: int | None,
+    resample: str | None,
+    keep: Path | None,
+    tiles: str,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+) -> None:
+    """Map a scene, or the tiles of a store, with a fitted run.
+
+    A run for segmentation writes a Cloud-Optimised GeoTIFF. One for classes of tiles writes a GeoTIFF with a
+    pixel per tile, a GeoPackage (.gpkg) or a table (.csv, .parquet). A scene is seen with the settings of the
+    run: --set source.bands=…, source.scale=…, source.nodata=… say what is different about it.
+    """
+    from satdifuser.evaluate.maps.pixel_maps import MapOptions
+    from satdifuser.evaluate.maps.predict import Request, parse_window
+    from satdifuser.pipeline import SceneRequest, run_prediction
+
+    _check_output(out.parent, "-o")
+    part = parse_window(window) if window else None
+    request = Request(out, MapOptions(confidence, probabilities), part, aoi, tiles, overwrite)
+    how = SceneRequest(overlap, resample, keep, overrides)
+    click.echo(run_prediction(run_folder, place, request, how))
+
+
+@cli.command()
 @click.argument("folders", metavar="RUN|PROBE…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
 @click.option("--split", type=click.Choice(["test", "val"]), default="test", show_default=True)
