@@ -9,12 +9,14 @@ Draws are nested (the 1 % is inside the 10 %, 1 shot inside 5), seeded, and fair
   So where a tile has one class there are exactly so many of each, where it may have several at least so many.
 
 A mask has the classes that any of its pixels show. A mask with no labelled pixel is never drawn.
+The training tiles of a partition that the store holds (GEO-Bench's ``0.01x_train``) can stand for a draw.
 
 Legend: N tiles, K classes.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,7 +25,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from satdifuser.errors import SettingsError, StoreError
+from satdifuser.errors import SettingsError, StoreError, suggest
+from satdifuser.store.schema import PARTITION_NAME
 
 if TYPE_CHECKING:
     from satdifuser.store.reader import FeatureStore, Indices
@@ -35,20 +38,21 @@ Presence = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Budget:
-    """How many labels may be used: `share` of the tiles, or where `shots` is not 0 so many of each class."""
+    """How many labels may be used: a share of the tiles, so many shots of each class, or a partition's."""
 
     share: Fraction = Fraction(1)
     shots: int = 0
+    partition: str = ""
 
     def __str__(self) -> str:
         if self.shots:
             return f"{self.shots} shot{'s' if self.shots > 1 else ''}"
-        return f"{float(self.share * 100):g}%"
+        return self.partition or f"{float(self.share * 100):g}%"
 
     @property
-    def is_all(self) -> bool:
-        """Whether every tile is taken, so that all draws are the same."""
-        return not self.shots and self.share == 1
+    def is_drawn(self) -> bool:
+        """Whether draws differ: they do not where all tiles are taken, or those of a partition."""
+        return bool(self.shots) or (self.share < 1 and not self.partition)
 
 
 ALL_LABELS = Budget()
@@ -58,13 +62,13 @@ def parse_budgets(labels: str = "", shots: str = "") -> list[Budget]:
     """Read what a user asked for; all labels where that is nothing.
 
     Args:
-        labels: Shares, ``1%,10%,100%``.
+        labels: Shares, ``1%,10%,100%``, or names of partitions.
         shots: Tiles of each class, ``1,5,10``.
 
     Raises:
         SettingsError: one is not of that form, out of range, or named twice.
     """
-    found = [_parse_share(text.strip()) for text in labels.split(",") if labels]
+    found = [_parse_labels(text.strip()) for text in labels.split(",") if labels]
     found += [_parse_shots(text.strip()) for text in shots.split(",") if shots]
     for budget in found:
         if found.count(budget) > 1:
@@ -74,14 +78,17 @@ def parse_budgets(labels: str = "", shots: str = "") -> list[Budget]:
     return found or [ALL_LABELS]
 
 
-def _parse_share(text: str) -> Budget:
+def _parse_labels(text: str) -> Budget:
+    if re.fullmatch(PARTITION_NAME, text):
+        return Budget(partition=text)
     try:
         share = Fraction(text.removesuffix("%")) / 100 if text.endswith("%") else Fraction(0)
     except (ValueError, ZeroDivisionError):
         share = Fraction(0)
     if not 0 < share <= 1:
         raise SettingsError(
-            f"labels: got {text!r}, expected shares above 0% and up to 100%, such as 1%,10%,100%"
+            f"labels: got {text!r}, expected shares above 0% and up to 100%, such as 1%,10%,100%, or names of "
+            "partitions"
         )
     return Budget(share)
 
@@ -106,9 +113,12 @@ def draw_labelled(store: FeatureStore, rows: Indices, budget: Budget, seed: int,
         Rows in rising order.
 
     Raises:
-        SettingsError: a class has fewer tiles than shots, or its share of them is none.
+        SettingsError: a class has fewer tiles than shots, or its share of them is none, or the store holds
+            no such partition.
         StoreError: the tiles have one class only, or none.
     """
+    if budget.partition:
+        rows = _partition_rows(store, rows, budget.partition)
     present = class_presence(store, rows)
     check_classes_differ(store, present)
     if store.attributes.task == "segmentation":
@@ -116,6 +126,24 @@ def draw_labelled(store: FeatureStore, rows: Indices, budget: Budget, seed: int,
         rows, present = rows[shown], present[shown]
     taken = draw_tiles(present, budget, seed, draw, store.attributes.classes)
     return np.sort(rows[taken])
+
+
+def _partition_rows(store: FeatureStore, rows: Indices, name: str) -> Indices:
+    """Those of some rows that a partition trains on."""
+    held = store.partitions()
+    if name not in held:
+        raise SettingsError(
+            f"labels: got {name!r}, expected a share such as 10%, or a partition of {store.path}: "
+            f"{', '.join(held)}{suggest(name, held)}"
+        )
+    train = store.select("train", name)
+    outside = np.setdiff1d(train, rows)
+    if len(outside) and class_presence(store, outside).any():
+        raise SettingsError(
+            f"labels: partition {name!r} trains on tiles that are no training tiles of the partition in use; "
+            f"use it by itself: partition={name}"
+        )
+    return np.intersect1d(rows, train)
 
 
 def class_presence(store: FeatureStore, rows: Indices) -> Presence:
@@ -166,7 +194,7 @@ def draw_tiles(
     Raises:
         SettingsError: a class has fewer tiles than shots, or its share of them is none.
     """
-    if budget.is_all:
+    if not budget.is_drawn:
         return np.ones(len(present), bool)
     drawing = _Drawing(present, np.random.default_rng([seed, draw]))
     if budget.shots:

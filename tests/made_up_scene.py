@@ -45,8 +45,7 @@ def write_vectors(
     column: str = "class",
     **more: Any,
 ) -> Path:
-    """Write shapes with their classes; where the CRS is another one than the scene's, they are taken "
-    "there."""
+    """Write shapes, given in the scene's CRS, with their classes in any CRS."""
     if crs not in (None, CRS):
         shapes = [
             shape and shapely.transform(shape, lambda xy: np.column_stack(transform(CRS, crs, *xy.T)))
@@ -87,7 +86,7 @@ def scene_store(
         "classes": [],
         "tiles": len(offsets),
         "tile_size": (SIDE, SIDE),
-        "tiles_per_shard": 3,
+        "tiles_per_shard": 6,
         "timesteps": [21],
         "layers": [LAYER],
         "encoding": "float32",

@@ -122,16 +122,16 @@ def test_every_tile_of_a_class_is_drawn_equally_often() -> None:
 def test_requests_are_read_as_written() -> None:
     budgets = parse_budgets("0.5%, 1%,100%", "1,5")
     assert [str(budget) for budget in budgets] == ["0.5%", "1%", "100%", "1 shot", "5 shots"]
-    assert [budget.is_all for budget in budgets] == [False, False, True, False, False]
+    assert [budget.is_drawn for budget in budgets] == [True, True, False, True, True]
     assert parse_budgets() == [ALL_LABELS]
 
 
 @pytest.mark.parametrize(
     ("labels", "shots", "message"),
     [
-        ("0%", "", r"labels: got '0%', expected shares above 0% and up to 100%, such as 1%,10%,100%"),
+        ("0%", "", r"labels: got '0%', expected shares above 0% and up to 100%, such as 1%.*, or names of"),
         ("101%", "", "got '101%'"),
-        ("10", "", "got '10'"),
+        ("-1%", "", "got '-1%'"),
         ("1/0%", "", "got '1/0%'"),
         ("1%,", "", "got ''"),
         ("", "0", "shots: got '0', expected whole numbers from 1, such as 1,5,10"),
@@ -160,8 +160,10 @@ def test_what_leaves_a_class_without_a_tile_is_refused() -> None:
     ]
 
 
-def labelled_store(path: Path, task: str, targets: Sequence[NDArray[np.generic]]) -> FeatureStore:
-    """A store of training tiles with these targets, for which features do not matter."""
+def labelled_store(
+    path: Path, task: str, targets: Sequence[NDArray[np.generic]], smaller: Sequence[str] | None = None
+) -> FeatureStore:
+    """A store of training tiles with these targets; a partition `smaller` may give them other splits."""
     attributes = store_attributes(
         task=task,
         classes=["sea", "land", "ice"],
@@ -174,9 +176,18 @@ def labelled_store(path: Path, task: str, targets: Sequence[NDArray[np.generic]]
         previews=False,
         colour_statistics=[],
         settings={},
+        partitions=["default", "smaller"],
     )
-    colour = np.zeros(0, np.float32)
-    rows = [TileRow(f"t{i}", "train", colour=colour, target=target) for i, target in enumerate(targets)]
+    rows = [
+        TileRow(
+            f"t{i}",
+            "train",
+            colour=np.zeros(0, np.float32),
+            target=target,
+            partitions={"default": "train", "smaller": smaller[i] if smaller else "train"},
+        )
+        for i, target in enumerate(targets)
+    ]
     maps = encode(np.ones((len(targets), 1, 1, 2, 2, 2), np.float32), "int8")
     open_or_create(path, attributes, overwrite=False).write_shard(0, rows, [{"stride_02": maps}], {})
     return FeatureStore(path)
@@ -210,6 +221,23 @@ def test_labels_of_several_classes_are_drawn_by_them(tmp_path: Path) -> None:
     assert (len(taken), taken[0]) == (2, 0)
     # one class that varies is enough, if a tile may have several
     assert len(draw_labelled(store, np.array([0, 1]), ALL_LABELS, seed=0)) == 2
+
+
+def test_a_partition_stands_for_a_draw(tmp_path: Path) -> None:
+    targets = [np.array(c, np.int32) for c in (0, 1, 0, 1, -1)]
+    store = labelled_store(
+        tmp_path / "s.zarr", "classification", targets, ["train"] * 2 + ["none"] * 2 + ["train"]
+    )
+    (budget,) = parse_budgets("smaller")
+    assert (str(budget), budget.is_drawn) == ("smaller", False)
+    assert draw_labelled(store, np.arange(4), budget, seed=0).tolist() == [0, 1]
+    with pytest.raises(
+        SettingsError, match="labels: partition 'smaller' trains on tiles that are no training"
+    ):
+        draw_labelled(store, np.arange(1, 4), budget, seed=0)
+    message = r"labels: got 'smal', expected a share such as 10%, or a partition of .*: default, smaller; did"
+    with pytest.raises(SettingsError, match=message):
+        draw_labelled(store, np.arange(4), Budget(partition="smal"), seed=0)
 
 
 @pytest.mark.parametrize(
