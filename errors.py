@@ -62,6 +62,10 @@ class RunError(SatDiFuserError, RuntimeError):
     """A fitted run is missing, or does not fit the store it is used on."""
 
 
+class MapError(SatDiFuserError, OSError):
+    """A map or a page cannot be written."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Name the nearest known words: ``"; did you mean a, b?"``, or nothing.
 
