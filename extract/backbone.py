@@ -108,6 +108,15 @@ class BackboneInfo:
 
 
 @dataclass(frozen=True)
+class LoadedModel:
+    """What is known of a backbone only once it is loaded, as a worker tells it."""
+
+    weights_digest: str
+    prompt_digest: str
+    device: str  # cpu or cuda
+
+
+@dataclass(frozen=True)
 class Backbone:
     """A loaded backbone, frozen, on its device."""
 
@@ -144,6 +153,11 @@ class Backbone:
             )
         dropped = None if conditions.metadata is None else torch.zeros_like(conditions.metadata)
         return Conditions(self.negative.expand(len(conditions.prompt), -1, -1), dropped)
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """What identifies it."""
+        return LoadedModel(self.weights_digest, tensor_digest(self.prompt), self.device.type)
 
     def to(self, dtype: torch.dtype) -> Backbone:
         """Turn the networks into another dtype, in place: this backbone as it is then."""
