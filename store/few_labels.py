@@ -87,8 +87,8 @@ def _parse_labels(text: str) -> Budget:
         share = Fraction(0)
     if not 0 < share <= 1:
         raise SettingsError(
-            f"labels: got {text!r}, expected shares above 0% and up to 100%, such as 1%,10%,100%, or names of "
-            "partitions"
+            f"labels: got {text!r}, expected shares above 0% and up to 100%, such as 1%,10%,100%, or names "
+            "of partitions"
         )
     return Budget(share)
 
