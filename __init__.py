@@ -169,19 +169,20 @@ def fit(
     evaluate: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Run:
-    """Train one fusion on a store and measure it, or go on where an earlier call stopped.
+    """Train one fusion on a store and measure it on val, or go on where an earlier call stopped.
 
     Args:
         store: A store or its folder.
-        fusion: global, localized or moe.
+        fusion: global, localized, moe, concatenation or single (of one timestep and kind of layer).
         seed: Of initial weights, batch order and dropout.
         out: The run's folder; None for ``runs/FUSION-seedSEED`` beside the store.
         overwrite: Train anew whatever is at `out`.
-        evaluate: The `evaluate` section, e.g. ``{"split": "val"}``, which leaves the test split unread.
+        evaluate: The `evaluate` section, e.g. ``{}`` or ``{"bootstrap": 100}``, to measure the run on test
+            too; None leaves the test split unread.
         settings: Fields of the `fit` section, e.g. ``epochs=10, lr=0.003``.
 
     Returns:
-        The run; ``run.metrics`` holds its figures on val and on the reported split, with intervals.
+        The run; ``run.metrics`` holds its figures with intervals.
 
     Raises:
         SettingsError: naming every wrong setting at once.
@@ -191,11 +192,12 @@ def fit(
     Example::
 
         run = satdifuser.fit(store, fusion="moe", epochs=20)
-        run.metrics["test"]["accuracy"]
+        run.metrics["val"]["accuracy"]
     """
     from satdifuser.errors import SettingsError
-    from satdifuser.evaluate.evaluation import ensure_evaluated, measure
-    from satdifuser.fuse.train import fit as train
+    from satdifuser.evaluate.evaluation import ensure_evaluated, ensure_measured_on_val, new_outcome
+    from satdifuser.fuse.fit import fit as train
+    from satdifuser.fuse.grid import expand
     from satdifuser.pipeline import validate_settings
     from satdifuser.store.reader import FeatureStore
 
@@ -204,10 +206,17 @@ def fit(
     sections = {"fit": {"fusion": [fusion], "seeds": [seed], **settings}, "evaluate": evaluate or {}}
     pipeline = validate_settings(sections, "satdifuser.fit")
     opened = store if isinstance(store, FeatureStore) else open_store(store)
+    candidates = expand(pipeline.fit, opened)
+    if len(candidates) > 1:
+        named = ", ".join(one.name for one in candidates)
+        raise SettingsError(f"satdifuser.fit: one call makes one run, but this asks for several: {named}")
     beside = opened.path.parent if isinstance(opened.path, Path) else Path()
-    folder = Path(out) if out else beside / "runs" / f"{fusion}-seed{seed}"
-    run = train(opened, pipeline.fit, pipeline.fit.fusion[0], seed, folder, measure, overwrite)
-    ensure_evaluated(run, opened, pipeline.evaluate)
+    folder = Path(out) if out else beside / "runs" / candidates[0].name
+    one = candidates[0]
+    run = train(opened, one.settings, one.fusion, one.seed, folder, new_outcome, overwrite)
+    ensure_measured_on_val(run, opened, pipeline.evaluate)
+    if evaluate is not None:
+        ensure_evaluated(run, opened, pipeline.evaluate)
     return run
 
 

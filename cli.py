@@ -212,6 +212,9 @@ def layers(config: Path | None, overrides: tuple[str, ...], show_all: bool, as_j
 @click.option("--add-layers", metavar="NAMES", help="… by these layers: names or patterns, commas between.")
 @click.option("--add-tiles", is_flag=True, help="… by the tiles that its source has by now.")
 @click.option("--relabel", is_flag=True, help="Give it its source's labels, classes and partitions of now.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes on this machine, one per GPU.")
+@click.option("--scheduler", metavar="ADDRESS", help="Use the workers of a Dask scheduler: tcp://HOST:8786.")
+@click.option("--shard", "part", metavar="I/N", help="Only part I of N, from 1: for job arrays.")
 @overwrite_option
 @space_option
 def extract(
@@ -222,17 +225,23 @@ def extract(
     add_layers: str | None,
     add_tiles: bool,
     relabel: bool,
+    workers: int | None,
+    scheduler: str | None,
+    part: str | None,
     overwrite: bool,
     ignore_free_space: bool,
 ) -> None:
     """Write the features of a source's tiles to a store, or go on where an earlier run stopped.
 
     With --add-… and --relabel the settings are those that the store holds, unless -c names a file.
+    --workers, --scheduler and --shard spread the work, with the same result: see docs/scale.md.
     """
     from satdifuser.extract.job import Job
-    from satdifuser.extract.run import extract as run_extraction
+    from satdifuser.extract.run import parse_part
 
-    if add_timesteps or add_layers or add_tiles or relabel:
+    grows = bool(add_timesteps or add_layers or add_tiles or relabel)
+    _check_spread(workers, scheduler, part, grows, overwrite)
+    if grows:
         from satdifuser.extract.grow import Additions, grow
         from satdifuser.pipeline import load_stored
 
@@ -249,8 +258,32 @@ def extract(
     path = out or pipeline.store_path
     _check_output(path.parent, "store.path (-o)")
     with _telling_what_is_kept(path):
-        store = run_extraction(job, path, overwrite, ignore_free_space)
-    click.echo(store)
+        if workers or scheduler:
+            from satdifuser.extract.cluster import Cluster, extract_on_cluster
+
+            cluster = Cluster(workers or 0, scheduler or "")
+            click.echo(extract_on_cluster(job, path, cluster, overwrite, ignore_free_space))
+        else:
+            from satdifuser.extract.run import extract as run_extraction
+
+            chosen = parse_part(part) if part else None
+            click.echo(run_extraction(job, path, overwrite, ignore_free_space, chosen))
+
+
+def _check_spread(
+    workers: int | None, scheduler: str | None, part: str | None, grows: bool, overwrite: bool
+) -> None:
+    """Refuse ways of spreading an extraction that exclude each other."""
+    named = {"--workers": workers, "--scheduler": scheduler, "--shard": part}
+    given = [name for name, value in named.items() if value is not None]
+    if len(given) > 1:
+        raise SettingsError(f"{' and '.join(given)}: each is a way by itself; name one of them")
+    if given and grows:
+        raise SettingsError(f"{given[0]}: a store grows in one process; leave it out")
+    if part and overwrite:
+        raise SettingsError(
+            "--shard: with --overwrite each part would delete what the others write; delete the store first"
+        )
 
 
 @cli.command()
@@ -270,51 +303,90 @@ def label(store: Location, labels: Path, config: Path | None, overrides: tuple[s
 @cli.command()
 @store_argument
 @pipeline_options
+@click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Train with the seeds 0 … N-1.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the runs.")
 @overwrite_option
 def fit(
-    store: Location, config: Path | None, overrides: tuple[str, ...], out: Path | None, overwrite: bool
+    store: Location,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    seeds: int | None,
+    out: Path | None,
+    overwrite: bool,
 ) -> None:
-    """Train every fusion of fit.fusion with every seed of fit.seeds on a store."""
+    """Train networks on a store: every combination of the lists in the section `fit`, best on val first.
+
+    `-c ablation` trains the paper's five rows. The test split stays unread until `evaluate` or `report`.
+    """
     from satdifuser.evaluate.results import format_table, results_table
     from satdifuser.pipeline import fit_all
     from satdifuser.store.reader import open_store
 
-    pipeline = _load(config, overrides)
+    asked = (f"fit.seeds={list(range(seeds))}",) if seeds else ()
+    pipeline = _load(config, (*overrides, *asked))
     folder = out or pipeline.output / "runs"
     _check_output(folder, "output (-o)")
     runs = fit_all(open_store(store), pipeline, folder, overwrite)
-    click.echo(format_table(results_table(runs)))
+    click.echo(format_table(results_table(runs, "val")))
 
 
 @cli.command()
-@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
-@click.argument("store", required=False, type=StorePlace())
+@click.argument("runs", nargs=-1, required=True, metavar="RUN... [STORE]", type=StorePlace())
+@click.option("--compare", is_flag=True, help="Say how sure the difference between two runs is.")
+@click.option("--across", is_flag=True, help="Sum models up over several data sets, as GEO-Bench does.")
 @click.option("--reference", type=click.Path(path_type=Path), help="Labels to assess a map of the run by.")
 @click.option("--map", "map_path", type=click.Path(path_type=Path), help="The map, of `satdifuser predict`.")
 @pipeline_options
 @json_option
 def evaluate(
-    run_folder: Path,
-    store: Location | None,
+    runs: tuple[Location, ...],
+    compare: bool,
+    across: bool,
     reference: Path | None,
     map_path: Path | None,
     config: Path | None,
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Measure a run on the test split of its store, or of another one with the same features.
+    """Measure runs on the test split of their store, or of another one with the same features.
+
+    Of a folder that holds several runs only those that are best on val are measured: of each fusion one set
+    of settings with all its seeds, and the baselines.
 
     With --reference and --map: the accuracy of a map of the run and the areas of its classes, from labels of
     a part of it.
     """
-    from satdifuser.evaluate.evaluation import evaluate_run, format_metrics
+    from satdifuser.evaluate.chosen import choose_runs, ensure_all_evaluated, split_store
+    from satdifuser.evaluate.chosen import evaluate as measure
+    from satdifuser.evaluate.evaluation import format_metrics
+    from satdifuser.evaluate.results import format_table, results_table
 
+    pipeline = _load(config, overrides)
+    settings = pipeline.evaluate
+    folders, store = split_store(runs)
     if reference or map_path:
-        _assess(run_folder, reference, map_path, _load(config, overrides), as_json)
+        _assess(folders[0], reference, map_path, pipeline, as_json)
         return
-    metrics = evaluate_run(run_folder, store, _load(config, overrides).evaluate)
-    click.echo(json.dumps(metrics) if as_json else format_metrics(run_folder, metrics))
+    if compare:
+        from satdifuser.evaluate.comparison import compare_runs, format_comparison
+
+        found = compare_runs(folders, store, settings)
+        click.echo(json.dumps(found) if as_json else format_comparison(found))
+        return
+    chosen = choose_runs(folders)
+    if across:
+        from satdifuser.evaluate.across import across_datasets, format_across
+
+        ensure_all_evaluated(chosen, store, settings)
+        table = across_datasets(chosen, settings)
+        click.echo(table.to_json(orient="records") if as_json else format_across(table, settings.level))
+        return
+    measured = {str(folder): measure(folder, store, settings) for folder in chosen}
+    if len(chosen) == 1:
+        (metrics,) = measured.values()
+        click.echo(json.dumps(metrics) if as_json else format_metrics(chosen[0], metrics))
+    else:
+        click.echo(json.dumps(measured) if as_json else format_table(results_table(chosen)))
 
 
 def _assess(
@@ -335,18 +407,77 @@ def _assess(
 
 
 @cli.command()
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("place", metavar="SCENE|STORE", type=StorePlace())
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="NAME.tif; see below.")
+@click.option("--probabilities", is_flag=True, help="Also the probability of each class.")
+@click.option("--confidence", is_flag=True, help="Also how far the class is ahead of the next one.")
+@click.option("--window", metavar="ROW,COL,HEIGHT,WIDTH", help="Only this part of the raster, in px.")
+@click.option("--aoi", type=click.Path(path_type=Path), help="Only inside the polygons of this vector file.")
+@click.option("--overlap", type=int, help="Pixels that neighbouring tiles share.  [default: 1/4 of a tile]")
+@click.option(
+    "--resample", metavar="METRES", help="Pixel size at which the scene is seen; auto: that of the fit."
+)
+@click.option(
+    "--store", "keep", type=click.Path(path_type=Path), help="Keep the scene's features in this store."
+)
+@click.option("--tiles", default="*", show_default=True, help="Of a store: only tiles whose id matches this.")
+@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
+@overwrite_option
+def predict(
+    run_folder: Path,
+    place: Location,
+    out: Path,
+    probabilities: bool,
+    confidence: bool,
+    window: str | None,
+    aoi: Path | None,
+    overlap: int | None,
+    resample: str | None,
+    keep: Path | None,
+    tiles: str,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+) -> None:
+    """Map a scene, or the tiles of a store, with a fitted run.
+
+    A run for segmentation writes a Cloud-Optimised GeoTIFF. One for classes of tiles writes a GeoTIFF with a
+    pixel per tile, a GeoPackage (.gpkg) or a table (.csv, .parquet). A scene is seen with the settings of the
+    run: --set source.bands=…, source.scale=…, source.nodata=… say what is different about it.
+    """
+    from satdifuser.evaluate.maps.pixel_maps import MapOptions
+    from satdifuser.evaluate.maps.predict import Request, parse_window
+    from satdifuser.pipeline import SceneRequest, run_prediction
+
+    _check_output(out.parent, "-o")
+    part = parse_window(window) if window else None
+    request = Request(out, MapOptions(confidence, probabilities), part, aoi, tiles, overwrite)
+    how = SceneRequest(overlap, resample, keep, overrides)
+    click.echo(run_prediction(run_folder, place, request, how))
+
+
+@cli.command()
 @click.argument("folders", metavar="RUN|PROBE…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+@click.option("--split", type=click.Choice(["test", "val"]), default="test", show_default=True)
 @click.option(
     "--store", "stores", multiple=True, type=StorePlace(), help="Where a moved store is; repeatable."
 )
 @click.option("--layers", metavar="NAMES", help="Layers to paint: names or patterns, commas between.")
-def report(folders: tuple[Path, ...], out: Path, stores: tuple[Location, ...], layers: str | None) -> None:
-    """Write one self-contained HTML page about runs and probes: their folders, or folders that hold them."""
+def report(
+    folders: tuple[Path, ...], out: Path, split: str, stores: tuple[Location, ...], layers: str | None
+) -> None:
+    """Write one self-contained HTML page about runs and probes: their folders, or folders that hold them.
+
+    Of a folder that holds several runs those that are best on val are shown; what is not yet measured on
+    the split is.
+    """
+    from satdifuser.evaluate.chosen import ensure_reported
     from satdifuser.evaluate.report.page import write_report
     from satdifuser.pipeline import command_line
 
     _check_output(out.parent, "-o")
+    ensure_reported(folders, split, stores)
     patterns = layers.split(",") if layers else []
     click.echo(write_report(folders, out, command_line(), stores, patterns))
 

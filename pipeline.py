@@ -26,16 +26,21 @@ from satdifuser.extract.settings import (
     SourceSettings,
     SyntheticSettings,
 )
-from satdifuser.fuse.settings import FitSettings
+from satdifuser.fuse.settings import SweepSettings
 from satdifuser.labels.settings import LabelSettings
 from satdifuser.store.settings import Settings, StoreSettings
 
 if TYPE_CHECKING:
+    from satdifuser.evaluate.maps.predict import Request
+    from satdifuser.fuse.predictor import Predictor
+    from satdifuser.store.location import Location
     from satdifuser.store.reader import FeatureStore
 
 
 PACKAGED = "pipeline.yaml"
 PACKAGE = Path(str(files("satdifuser")))
+ANY_PIXEL = 1e-9  # least share of valid pixels of a tile that is mapped
+SCENE_SUFFIXES = (".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Pipeline(Settings):
     extract: ExtractSettings = ExtractSettings()
     label: LabelSettings = LabelSettings()
     store: StoreSettings = StoreSettings()
-    fit: FitSettings = FitSettings()
+    fit: SweepSettings = SweepSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     output: Path = Path("out")
 
@@ -85,6 +90,41 @@ def load_pipeline(file: Path | None = None, overrides: Sequence[str] = ()) -> Pi
     name = str(file) if file else f"packaged {PACKAGED}"
     raw = _read_yaml(file, name)
     changes = _renew_source(raw, [_parse_override(text) for text in overrides])
+    for change in changes:
+        _assign(raw, change.path, change.value)
+    return validate_settings(raw, name, changes)
+
+
+def load_run(predictor: Predictor, scene: Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """The settings that a run's features were made with, for a scene that its tiles are to be cut from.
+
+    Args:
+        predictor: The run.
+        scene: A GeoTIFF.
+        overrides: ``a.b=c`` texts that win over them.
+
+    Raises:
+        SettingsError: naming every wrong setting at once.
+        RunError: the run's settings cannot be read.
+    """
+    from satdifuser.extract.settings import image_settings
+    from satdifuser.fuse.run_folder import read_settings
+
+    run = predictor.run
+    name = f"settings of {run.path}"
+    held = validate_settings(read_settings(run), name)
+    images = image_settings(held.source).model_dump(mode="json", include={"bands", "scale", "offset"})
+    raw = held.model_dump(mode="json")
+    raw["source"] = {
+        "kind": "scenes",
+        "root": str(scene),
+        "tile_size": predictor.tile_size,
+        "min_valid": ANY_PIXEL,
+    } | images
+    raw["backbone"] |= {"device": "auto"}  # a run made on a GPU is used on machines without one
+    raw["extract"] |= {"timesteps": run.info["timesteps"], "layers": [layer.name for layer in run.layers]}
+    raw["extract"] |= {"batch_size": "auto", "threads": "auto"}
+    changes = [_parse_override(text) for text in overrides]
     for change in changes:
         _assign(raw, change.path, change.value)
     return validate_settings(raw, name, changes)
@@ -203,7 +243,7 @@ def _known_keys() -> set[str]:
 
 
 def run_pipeline(pipeline: Pipeline, overwrite: bool = False, ignore_free_space: bool = False) -> str:
-    """Run all stages: extract, fit every fusion and seed, measure, report.
+    """Run all stages: extract, fit every fusion and seed, measure the best of each on val, report.
 
     Each stage goes on where an earlier run stopped, and does nothing where it is done.
 
@@ -215,6 +255,7 @@ def run_pipeline(pipeline: Pipeline, overwrite: bool = False, ignore_free_space:
     Returns:
         The results table and the paths of what was written, for the terminal.
     """
+    from satdifuser.evaluate.chosen import best_of_each, ensure_all_evaluated
     from satdifuser.evaluate.report.page import write_report
     from satdifuser.evaluate.results import format_table, results_table
     from satdifuser.extract.job import Job
@@ -222,7 +263,9 @@ def run_pipeline(pipeline: Pipeline, overwrite: bool = False, ignore_free_space:
 
     job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
     store = extract(job, pipeline.store_path, overwrite, ignore_free_space)
-    runs = fit_all(store, pipeline, pipeline.output / "runs", overwrite)
+    fitted = fit_all(store, pipeline, pipeline.output / "runs", overwrite)
+    runs = best_of_each(fitted)
+    ensure_all_evaluated(runs, None, pipeline.evaluate)
     page = write_report(runs, pipeline.output / "report.html", command_line())
     paths = {"features": store.path, "runs": pipeline.output / "runs", "report": page}
     written = "\n".join(f"{name:9} {path}" for name, path in paths.items())
@@ -230,30 +273,123 @@ def run_pipeline(pipeline: Pipeline, overwrite: bool = False, ignore_free_space:
 
 
 def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bool = False) -> list[Path]:
-    """Fit and measure the baselines, and every fusion with every seed; return their run folders.
+    """Fit the baselines and every candidate of the sweep, and measure them on val; return their folders.
 
-    What is already there, fitted and measured with these settings, is kept.
+    What is already there, fitted with these settings, is kept. The test split is not read.
     """
     from satdifuser.evaluate.baselines import fit_baselines
-    from satdifuser.evaluate.evaluation import ensure_evaluated, measure
-    from satdifuser.fuse.data import TrainingData
-    from satdifuser.fuse.train import check_task, fit
+    from satdifuser.evaluate.evaluation import ensure_measured_on_val, new_outcome
+    from satdifuser.fuse.fit import check_task, fit_candidates
+    from satdifuser.fuse.grid import expand
 
     check_task(store, pipeline.fit)
-    data = TrainingData(store, pipeline.fit)  # read once for all fusions and seeds
-    runs = []
+    candidates, runs = expand(pipeline.fit, store), []
     if pipeline.evaluate.baselines:
-        runs += [
-            run.path
-            for run in fit_baselines(store, pipeline.evaluate, folder, overwrite, pipeline.fit.partition)
-        ]
-    for fusion in pipeline.fit.fusion:
-        for seed in pipeline.fit.seeds:
-            path = folder / f"{fusion}-seed{seed}"
-            run = fit(store, pipeline.fit, fusion, seed, path, measure, overwrite, data)
-            ensure_evaluated(run, store, pipeline.evaluate)
-            runs.append(path)
-    return runs
+        runs += fit_baselines(store, pipeline.evaluate, folder, overwrite, pipeline.fit.partition)
+    board = folder / "leaderboard.csv"
+    fitted = fit_candidates(store, candidates, folder, new_outcome, overwrite, board)
+    for run in fitted:
+        ensure_measured_on_val(run, store, pipeline.evaluate)
+    return [run.path for run in [*runs, *fitted]]
+
+
+@dataclass(frozen=True)
+class SceneRequest:
+    """What is asked for of a scene, beside the map: how its tiles are cut, and whether features are kept."""
+
+    overlap: int | None = (
+        None  # px of the scene; None: a quarter of a tile where pixels are mapped, else none
+    )
+    resample: str | None = None  # metres per pixel at which the backbone sees it; "auto": those of the fit
+    store: Path | None = None  # where its features are kept
+    overrides: Sequence[str] = ()
+
+    def named(self) -> dict[str, Any]:
+        """What was given, by the command's options."""
+        overlap = None if self.overlap is None else str(self.overlap)
+        options = {"--overlap": overlap, "--resample": self.resample, "--store": self.store}
+        return options | {"--set": self.overrides}
+
+
+def run_prediction(folder: Path, place: Location, request: Request, how: SceneRequest) -> Path:
+    """Map a scene or the tiles of a store with a fitted run, or go on where an earlier call stopped.
+
+    Args:
+        folder: The run.
+        place: A GeoTIFF, or a store.
+        request: What is asked for.
+        how: For a scene only.
+
+    Returns:
+        What was written.
+
+    Raises:
+        SatDiFuserError: bad settings or input; what is done is kept.
+    """
+    from satdifuser.evaluate.maps.predict import check_request, predict_store
+    from satdifuser.fuse.predictor import Predictor
+    from satdifuser.fuse.run_folder import open_run
+    from satdifuser.store.reader import open_store
+
+    predictor = Predictor(open_run(folder))
+    check_request(request, predictor)
+    if isinstance(place, Path) and place.suffix.lower() in SCENE_SUFFIXES:
+        return predict_scene(predictor, place, request, how)
+    given = [name for name, value in how.named().items() if value]
+    if given:
+        raise SettingsError(f"{given[0]}: is for scenes, GeoTIFFs that end in .tif or .tiff, but got {place}")
+    return predict_store(predictor, open_store(place), request)
+
+
+def predict_scene(predictor: Predictor, path: Path, request: Request, how: SceneRequest) -> Path:
+    """Map a scene with a fitted run, or go on where an earlier call stopped.
+
+    Args:
+        predictor: The run.
+        path: The scene, a GeoTIFF.
+        request: What is asked for.
+        how: How its tiles are cut, and whether features are kept.
+
+    Returns:
+        The map, or the table of tiles.
+
+    Raises:
+        RunError: the backbone does not make the features that the run was fitted on.
+        SatDiFuserError: bad settings or input; what is done is kept.
+    """
+    from satdifuser.evaluate.maps.area import Raster
+    from satdifuser.evaluate.maps.predict import Scene, find_area, predict_features, predict_store
+    from satdifuser.extract.job import Job
+    from satdifuser.extract.run import extract
+    from satdifuser.extract.scene import tile_id
+    from satdifuser.extract.scene_job import open_scene, scene_features, scene_state, scenes_settings
+
+    pipeline = load_run(predictor, path, how.overrides)
+    settings = scenes_settings(pipeline.source)
+    scene = open_scene(path, settings)
+    factor = scene.pixels_per_pixel(predictor.run.info.get("pixel_size_m"), how.resample)
+    tile = scene.tile(predictor.tile_size, factor)
+    overlap = how.overlap
+    if overlap is None:
+        overlap = min(tile) // 4 if predictor.task == "segmentation" else 0
+    grid = scene.grid(tile, overlap)
+    raster = Raster(scene.header.size, scene.crs_wkt, scene.place.transform)
+    facts = Scene(path.name, raster, scene.header.date)
+    if how.store is not None:
+        if factor != 1:
+            raise SettingsError("--store: keeps features of the scene's own pixels; leave out --resample")
+        source = settings.model_copy(update={"overlap": overlap, "pad": True})
+        store = extract(Job(source, pipeline.backbone, pipeline.extract, pipeline.store), how.store)
+        return predict_store(predictor, store, request, facts)
+    area = find_area(raster, request)
+    job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
+    features, identity = scene_features(job, scene, grid.touching(area.window), request.out)
+    predictor.require_features(identity, str(path))
+    identity |= {"scene": str(path), "state": scene_state(scene), "tile": tile, "overlap": overlap}
+    made = predict_features(predictor, features, area, request, facts, identity, partial(tile_id, path))
+    if warning := features.values.warning():
+        print(warning, file=sys.stderr)
+    return made
 
 
 def command_line() -> str:

@@ -10,7 +10,7 @@ Colour of pixels is a random forest on each pixel's colour and on mean and sprea
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,13 @@ from sklearn.ensemble import RandomForestClassifier
 from tqdm import tqdm
 
 from satdifuser.errors import RunError
-from satdifuser.evaluate.evaluation import is_evaluated, new_outcome, spread_positions, write_outcome
+from satdifuser.evaluate.evaluation import (
+    is_measured,
+    known_val,
+    new_outcome,
+    spread_positions,
+    write_outcome,
+)
 from satdifuser.evaluate.probe_predictions import predict_with
 from satdifuser.evaluate.probes import Probes, fit_probes
 from satdifuser.evaluate.samples import (
@@ -55,11 +61,11 @@ def fit_baselines(
     overwrite: bool,
     partition: str = "auto",
 ) -> list[Run]:
-    """Fit and measure all baselines; those already measured so on this store are kept.
+    """Fit all baselines and measure them on val; those already fitted to this store are kept.
 
     Args:
-        store: A complete store with targets and all three splits.
-        settings: Evaluated split, bootstrap, seed.
+        store: A complete store with targets and the splits train and val.
+        settings: Bootstrap, seed.
         folder: Each baseline becomes the run `folder/baseline-NAME`.
         overwrite: Fit them anew.
         partition: Which partition of the store gives the splits.
@@ -71,12 +77,11 @@ def fit_baselines(
     """
     runs: list[Run] = []
     samples: dict[str, Samples] = {}
-    partition = store.choose_partition(partition)
-    splits: list[str] = ["train", "val", settings.split]
-    rows = {split: labelled(store, split, partition) for split in splits}
+    settings, partition = settings.model_copy(update={"split": "val"}), store.choose_partition(partition)
+    rows = {split: labelled(store, split, partition) for split in ("train", "val")}
     for name in tqdm(NAMES, desc="baselines", unit="baseline", disable=None):
         path = folder / f"baseline-{name}"
-        if not overwrite and (done := _finished(path, store, settings, partition)):
+        if not overwrite and (done := _finished(path, store, settings.seed, partition)):
             runs.append(done)
             continue
         began = time.monotonic()
@@ -90,7 +95,35 @@ def fit_baselines(
     return runs
 
 
-def _finished(path: Path, store: FeatureStore, settings: EvaluateSettings, partition: str) -> Run | None:
+def evaluate_baseline(run: Run, store: FeatureStore, settings: EvaluateSettings) -> dict[str, Any]:
+    """Measure a baseline on a split: it is fitted again, with the inputs and the strength it chose on val.
+
+    Args:
+        run: The baseline.
+        store: The store it was fitted on.
+        settings: Split, bootstrap, number of pictures.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        RunError: it was fitted on another store.
+    """
+    if run.info["store"]["hashes"] != store.hashes().model_dump():
+        raise RunError(
+            f"{run.path}: was fitted on another store than {store.path}, and the weights of a baseline are "
+            "not kept; fit it there: `satdifuser fit`"
+        )
+    splits: list[str] = ["train", "val", settings.split]
+    rows = {split: labelled(store, split, run.partition) for split in splits}
+    samples: dict[str, Samples] = {}
+    if run.info["fusion"] != "colour":
+        samples = {s: gather_samples(store, rows[s], run.info["seed"]) for s in ("train", "val")}
+    predictor, _ = _fit(run.info["fusion"], store, samples, rows, run.info["seed"], run.info)
+    return _measure(run, store, predictor, rows, settings)
+
+
+def _finished(path: Path, store: FeatureStore, seed: int, partition: str) -> Run | None:
     if not (path / RUN_FILE).is_file():
         return None
     run = open_run(path)
@@ -99,17 +132,26 @@ def _finished(path: Path, store: FeatureStore, settings: EvaluateSettings, parti
             f"{path}: holds a baseline of partition {run.partition}, asked for {partition}; write to another "
             "folder, or replace it with --overwrite"
         )
-    return run if is_evaluated(run, store, settings) else None
+    return run if run.info["seed"] == seed and is_measured(run, store) else None
 
 
 def _fit(
-    name: str, store: FeatureStore, samples: dict[str, Samples], rows: dict[str, Indices], seed: int
+    name: str,
+    store: FeatureStore,
+    samples: dict[str, Samples],
+    rows: dict[str, Indices],
+    seed: int,
+    chosen_before: Mapping[str, Any] | None = None,
 ) -> tuple[Predictor, dict[str, Any]]:
+    before = chosen_before or {}
+    strengths = [before["strength"]] if "strength" in before else STRENGTHS
     if name == "colour":
-        return _fit_colour(store, rows, seed)
+        return _fit_colour(store, rows, seed, strengths)
     inputs = list(samples["train"].features)
     candidates = [inputs] if name == "concatenation" else [[key] for key in inputs]
-    chosen, probe, strength = choose_on_val(store, samples, candidates)
+    if name == "single" and before:
+        candidates = [[(t, layer) for t, layer in before["inputs"]]]
+    chosen, probe, strength = choose_on_val(store, samples, candidates, strengths)
     facts = {
         "inputs": chosen if name == "single" else len(chosen),
         "strength": strength,
@@ -120,24 +162,29 @@ def _fit(
 
 
 def choose_on_val(
-    store: FeatureStore, samples: dict[str, Samples], candidates: list[list[Input]]
+    store: FeatureStore,
+    samples: dict[str, Samples],
+    candidates: list[list[Input]],
+    strengths: Sequence[float] = STRENGTHS,
 ) -> tuple[list[Input], Probes, float]:
     """The inputs and strength whose logistic regression is best on validation."""
     train, val = samples["train"], samples["val"]
     classes, task = len(store.attributes.classes), str(store.attributes.task)
     best: tuple[float, list[Input], Probes, float] | None = None
     for inputs in candidates:
-        probes = fit_probes("logistic", train.joined(inputs), train.labels, classes, STRENGTHS)
+        probes = fit_probes("logistic", train.joined(inputs), train.labels, classes, strengths)
         for j, probabilities in enumerate(probes.probabilities(val.joined(inputs))):
             score = score_samples(task, val.labels, probabilities)
             if best is None or score > best[0]:
-                best = (score, inputs, probes.only(j), STRENGTHS[j])
+                best = (score, inputs, probes.only(j), strengths[j])
     if best is None:
         raise RunError(f"{store.path}: holds no features to probe")
     return best[1:]
 
 
-def _fit_colour(store: FeatureStore, rows: dict[str, Indices], seed: int) -> tuple[Predictor, dict[str, Any]]:
+def _fit_colour(
+    store: FeatureStore, rows: dict[str, Indices], seed: int, strengths: Sequence[float]
+) -> tuple[Predictor, dict[str, Any]]:
     if store.attributes.task == "segmentation":
         return _fit_colour_forest(store, rows["train"], seed)
     key: Input = (0, "colour")
@@ -147,7 +194,7 @@ def _fit_colour(store: FeatureStore, rows: dict[str, Indices], seed: int) -> tup
         )
         for split in ("train", "val")
     }
-    _, probe, strength = choose_on_val(store, samples, [[key]])
+    _, probe, strength = choose_on_val(store, samples, [[key]], strengths)
 
     def predict_tiles(rows: Indices) -> Iterator[Prediction]:
         yield probe.probabilities(store.colour(rows))[0], np.asarray(store.targets(rows), np.int64)
@@ -222,11 +269,12 @@ def _measure(
     predictor: Predictor,
     rows: dict[str, Indices],
     settings: EvaluateSettings,
-) -> None:
+) -> dict[str, Any]:
     reported = rows[settings.split]
     kept = spread_positions(len(reported), settings.pictures)
     outcomes = {"val": new_outcome(store), settings.split: new_outcome(store, kept)}
     for split, outcome in outcomes.items():
         for probabilities, targets in predictor(rows[split]):
             outcome.add(probabilities, targets)
-    write_outcome(run, store, reported, outcomes[settings.split], outcomes["val"].metrics(), settings)
+    val = known_val(run, store, settings) or outcomes["val"].metrics()
+    return write_outcome(run, store, reported, outcomes[settings.split], val, settings)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse.data import MapLoader, labelled
 from satdifuser.fuse.reference import WAITING, complete
 from satdifuser.fuse.run_folder import METRICS_FILE, SETTINGS_FILE, Run, open_run
-from satdifuser.fuse.train import Prediction, load_network, predict
+from satdifuser.fuse.train import load_network, predict, run_inputs
 from satdifuser.store.files import write_durably
 from satdifuser.store.location import Location
 from satdifuser.store.reader import FeatureStore, Indices, open_store
@@ -52,6 +52,8 @@ from satdifuser.store.schema import canonical_hash, differing_fields
 
 TILE_METRICS = {"classification": classification_metrics, "multilabel": multilabel_metrics}
 TILE_INTERVALS = {"classification": classification_intervals, "multilabel": multilabel_intervals}
+
+INTERVAL_SETTINGS = ("bootstrap", "level", "seed")
 
 
 @dataclass
@@ -147,19 +149,17 @@ def spread_positions(tiles: int, count: int) -> list[int]:
     return positions
 
 
-def measure(store: FeatureStore, predictions: Iterator[Prediction]) -> dict[str, float]:
-    """Metrics of the predictions of a split."""
-    outcome = new_outcome(store)
-    for probabilities, targets in predictions:
-        outcome.add(probabilities, targets)
-    return outcome.metrics()
-
-
 def ensure_evaluated(run: Run, store: FeatureStore, settings: EvaluateSettings) -> dict[str, Any]:
     """Measure a fitted fusion, unless that was done in the same way; return what metrics.json holds."""
     if is_evaluated(run, store, settings):
         return run.metrics
     return evaluate_run(run.path, store.path, settings)
+
+
+def ensure_measured_on_val(run: Run, store: FeatureStore, settings: EvaluateSettings) -> None:
+    """Measure a fitted fusion on val alone, unless this very model was measured before, on any split."""
+    if not is_measured(run, store):
+        evaluate_run(run.path, store.path, settings.model_copy(update={"split": "val"}))
 
 
 def is_evaluated(run: Run, store: FeatureStore, settings: EvaluateSettings) -> bool:
@@ -170,13 +170,23 @@ def is_evaluated(run: Run, store: FeatureStore, settings: EvaluateSettings) -> b
     return all(held.get(name) == value for name, value in measurement(run, store, settings).items())
 
 
+def is_measured(run: Run, store: FeatureStore) -> bool:
+    """Say whether a run's metrics are of this very model and store, by whatever settings."""
+    if not (run.path / METRICS_FILE).is_file():
+        return False
+    held = run.metrics
+    return all(held.get(name) == value for name, value in measured_things(run, store).items())
+
+
 def measurement(run: Run, store: FeatureStore, settings: EvaluateSettings) -> dict[str, Any]:
     """What two measurements must share to be the same one; a part of metrics.json."""
-    return {
-        "run_hash": canonical_hash(run.info),
-        "store_hashes": store.hashes().model_dump(),
-        "evaluate": settings.model_dump(mode="json", exclude={"baselines"}),
-    }
+    asked = settings.model_dump(mode="json", exclude={"baselines"})
+    return measured_things(run, store) | {"evaluate": asked}
+
+
+def measured_things(run: Run, store: FeatureStore) -> dict[str, Any]:
+    """The model and the store of a measurement."""
+    return {"run_hash": canonical_hash(run.info), "store_hashes": store.hashes().model_dump()}
 
 
 def evaluate_run(folder: Path, store_path: Location | None, settings: EvaluateSettings) -> dict[str, Any]:
@@ -202,33 +212,56 @@ def evaluate_run(folder: Path, store_path: Location | None, settings: EvaluateSe
             )
         run = complete(run, open_store(store_path))
     if run.info["kind"] != "fusion":
-        raise RunError(f"{folder}: a baseline is measured when it is made; run `satdifuser fit` again")
+        raise RunError(f"{folder}: is no fitted network but a {run.info['kind']}")
     previous_test_reads(run)  # a damaged count is told before test is read once more
     store = open_store(store_path or run.info["store"]["path"])
     check_features(run, store)
-    network, statistics, fit_settings = load_network(run, store)
+    predictor = Predictor(run, store)
     rows = labelled(store, settings.split, run.partition)
-    outcome = new_outcome(store, spread_positions(len(rows), settings.pictures))
-    device = next(network.parameters()).device
-    loader = MapLoader(store, rows, fit_settings, device)
-    for probabilities, targets in predict(network, loader, fit_settings, statistics):
-        outcome.add(probabilities, targets)
-    if run.info["history"]:
-        val = run.info["history"][run.info["best_epoch"] - 1]["val"]
-    else:  # imported: its training was measured elsewhere
-        loader = MapLoader(store, labelled(store, "val", run.partition), fit_settings, device)
-        val = measure(store, predict(network, loader, fit_settings, statistics))
+    outcome = predictor.predict(rows, spread_positions(len(rows), settings.pictures))
+    val = known_val(run, store, settings)
+    if val is None:  # imported: its training was measured elsewhere
+        val = predictor.predict(labelled(store, "val", run.partition)).metrics()
     return write_outcome(run, store, rows, outcome, val, settings)
 
 
+class Predictor:
+    """A run's network at work on a store."""
+
+    def __init__(self, run: Run, store: FeatureStore) -> None:
+        self.store, self.inputs = store, run_inputs(run, store)
+        self.network, self.statistics, self.settings = load_network(run)
+
+    def predict(self, rows: Indices, kept: Sequence[int] = ()) -> Outcome:
+        """What becomes of some tiles; masks are kept at the positions `kept`."""
+        outcome = new_outcome(self.store, kept)
+        device = next(self.network.parameters()).device
+        loader = MapLoader(self.store, rows, self.settings, device, self.inputs)
+        for probabilities, targets in predict(self.network, loader, self.settings, self.statistics):
+            outcome.add(probabilities, targets)
+        return outcome
+
+
+def known_val(run: Run, store: FeatureStore, settings: EvaluateSettings) -> dict[str, Any] | None:
+    """A run's metrics on val: with intervals where they were measured so, else those of its training."""
+    if is_measured(run, store):
+        held = run.metrics
+        alike = all(held["evaluate"][name] == getattr(settings, name) for name in INTERVAL_SETTINGS)
+        if alike and "interval" in held["val"]:
+            return dict(held["val"])
+    history = run.info["history"]
+    return history[run.info["best_epoch"] - 1]["val"] if history else None
+
+
 def check_features(run: Run, store: FeatureStore) -> None:
-    """Refuse a store whose features are not those a run was fitted on."""
+    """Refuse a store that does not hold the features a run was fitted on, or holds other classes."""
     a, info = store.attributes, run.info
-    ours = {"feature": store.hashes().feature, "timesteps": a.timesteps, "classes": a.classes, "task": a.task}
-    ours["layers"] = [layer.name for layer in a.layers]
+    names = [layer["name"] for layer in info["layers"]]
+    ours = {"feature": store.hashes().feature, "classes": a.classes, "task": a.task}
+    ours["timesteps"] = sorted(t for t in a.timesteps if t in info["timesteps"])
+    ours["layers"] = [layer.name for layer in a.layers if layer.name in names]
     theirs = {"feature": info["store"]["hashes"]["feature"]}
-    theirs |= {name: info[name] for name in ("timesteps", "classes", "task")}
-    theirs["layers"] = [layer["name"] for layer in info["layers"]]
+    theirs |= {name: info[name] for name in ("timesteps", "classes", "task")} | {"layers": names}
     if ours != theirs:
         fields = [line.replace("store has", "run expects") for line in differing_fields(ours, theirs)]
         raise RunError(

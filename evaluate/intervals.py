@@ -148,8 +148,9 @@ def paired_difference(
         level: Share of the samples inside the interval.
 
     Returns:
-        Per metric ``{"difference": first - second, "interval": [low, high]}``; an interval without zero
-        means that other test tiles of the same kind would hardly turn the order around.
+        Per metric ``{"difference": first - second, "interval": [low, high], "ahead": share}``; an interval
+        without zero means that other test tiles of the same kind would hardly turn the order around. The
+        share is that of the draws in which the first run is ahead, where both are even by half.
 
     Raises:
         RunError: There is no tile, or labels and probabilities are unusable.
@@ -161,7 +162,11 @@ def paired_difference(
 
     samples = sample(difference, n, resamples, seed)
     return {
-        name: {"difference": float(value[0]), "interval": list(percentiles(samples[name], level))}
+        name: {
+            "difference": float(value[0]),
+            "interval": list(percentiles(samples[name], level)),
+            "ahead": float(np.mean((samples[name] > 0) + (samples[name] == 0) / 2)),
+        }
         for name, value in difference(np.ones((1, n), np.int64)).items()
     }
 

@@ -17,18 +17,20 @@ import pandas as pd
 
 from satdifuser.errors import RunError
 from satdifuser.fuse.run_folder import METRICS_FILE, RUN_FILE, Run, open_run
+from satdifuser.fuse.settings import OF_A_SWEEP, WHEREABOUTS
 from satdifuser.fuse.train import MAIN_METRIC
 
 RUN_FIELDS = ["name", "kind", "task", "fusion", "head", "seed", "classes", "ignore_value", "timesteps"]
 RUN_FIELDS += ["layers", "store", "history", "parameters", "seconds", "weights"]
-REMEDY = "measure the run again: `satdifuser evaluate`, for a baseline `satdifuser fit`"
+REMEDY = "measure the run again: `satdifuser evaluate`"
 
 
-def results_table(runs: Sequence[Path]) -> pd.DataFrame:
+def results_table(runs: Sequence[Path], split: str | None = None) -> pd.DataFrame:
     """Tabulate runs, best on val first; runs that differ only in their seed share a row.
 
     Args:
         runs: Run folders of one task, fitted on one partition, measured on one split.
+        split: val: report that one, which all runs are measured on, whatever else some are measured on.
 
     Returns:
         Columns run, kind, seeds, metric, split (the reported one), val, reported (means over the seeds),
@@ -39,9 +41,9 @@ def results_table(runs: Sequence[Path]) -> pd.DataFrame:
     Raises:
         RunError: A run folder is incomplete, or the runs differ in task, partition, split or level.
     """
-    opened = open_measured(runs)
-    check_comparable(opened)
-    return tabulate(group_seeds(opened))
+    opened = open_measured(runs, split)
+    check_comparable(opened, split)
+    return tabulate(group_seeds(opened), split)
 
 
 def format_table(table: pd.DataFrame) -> str:
@@ -60,24 +62,25 @@ def choice_sentence(table: pd.DataFrame) -> str:
     return f"* chosen: highest {metric} on val among {among}. The test split had no part in the choice."
 
 
-def open_measured(folders: Sequence[Path]) -> list[Run]:
-    """Open run folders and see that they are whole."""
+def open_measured(folders: Sequence[Path], split: str | None = None) -> list[Run]:
+    """Open run folders and see that they are whole, and measured on a split (None: the one they report)."""
     runs = [open_run(folder) for folder in folders]
     for run in runs:
         metrics, path = run.metrics, run.path / METRICS_FILE
         require(run.path / RUN_FILE, run.info, RUN_FIELDS)
         require(path, metrics, ["evaluate"])
-        for split in ("val", reported_split(run)):
-            require(f"{path}, {split},", metrics.get(split, {}), [main_metric(run)])
+        for needed in ("val", split or reported_split(run)):
+            require(f"{path}, {needed},", metrics.get(needed, {}), [main_metric(run)])
     return runs
 
 
-def check_comparable(runs: Sequence[Run]) -> None:
-    """Refuse runs that cannot stand in one table."""
+def check_comparable(runs: Sequence[Run], split: str | None = None) -> None:
+    """Refuse runs that cannot stand in one table of a split (None: the one they report)."""
     check_alike("task", {run.path: run.info["task"] for run in runs})
     check_alike("partition", {run.path: run.partition for run in runs})
-    for name in ("split", "level"):
-        check_alike(f"evaluate.{name}", {run.path: run.metrics["evaluate"][name] for run in runs})
+    if split is None:
+        check_alike("evaluate.split", {run.path: reported_split(run) for run in runs})
+    check_alike("evaluate.level", {run.path: run.metrics["evaluate"]["level"] for run in runs})
 
 
 def predictions(run: Run, columns: list[str]) -> pd.DataFrame:
@@ -117,9 +120,10 @@ def reported_split(run: Run) -> str:
     return str(run.metrics["evaluate"]["split"])
 
 
-def interval(run: Run, metric: str) -> tuple[float, float]:
-    """Ends of the interval of a reported metric; NaN where none was computed."""
-    low, high = run.metrics[reported_split(run)].get("interval", {}).get(metric, (math.nan, math.nan))
+def interval(run: Run, metric: str, split: str | None = None) -> tuple[float, float]:
+    """Ends of the interval of a metric of a split (None: the reported one); NaN where none was computed."""
+    measured = run.metrics[split or reported_split(run)]
+    low, high = measured.get("interval", {}).get(metric, (math.nan, math.nan))
     return low, high
 
 
@@ -130,6 +134,7 @@ def group_seeds(runs: Sequence[Run]) -> list[list[Run]]:
         info = run.info
         same = [info["kind"], info["fusion"], info["head"], info["parameters"], info["timesteps"]]
         same += [[layer["name"] for layer in info["layers"]], info["store"]["hashes"]]
+        same.append({k: v for k, v in info.get("fit", {}).items() if k not in (*OF_A_SWEEP, *WHEREABOUTS)})
         if info["kind"] == "baseline" or "reference" in info:  # imported: more than the seed may differ
             same.append(info["name"])
         groups.setdefault(json.dumps(same), []).append(run)
@@ -157,21 +162,21 @@ def mean(group: Sequence[Run], split: str) -> float:
     return float(np.mean([run.metrics[split][main_metric(run)] for run in group]))
 
 
-def tabulate(groups: Sequence[list[Run]]) -> pd.DataFrame:
+def tabulate(groups: Sequence[list[Run]], split: str | None = None) -> pd.DataFrame:
     """The rows of `results_table`."""
     chosen = choose(groups)
-    rows = [{**summarise(group), "chosen": group is chosen} for group in groups]
+    rows = [{**summarise(group, split), "chosen": group is chosen} for group in groups]
     return pd.DataFrame(rows).sort_values("val", ascending=False, kind="stable", ignore_index=True)
 
 
-def summarise(group: Sequence[Run]) -> dict[str, Any]:
+def summarise(group: Sequence[Run], split: str | None = None) -> dict[str, Any]:
     """One row of `results_table`, without the choice."""
-    first, metric, split = group[0].info, main_metric(group[0]), reported_split(group[0])
-    low, high = np.mean([interval(run, metric) for run in group], axis=0)
+    first, metric, split = group[0].info, main_metric(group[0]), split or reported_split(group[0])
+    low, high = np.mean([interval(run, metric, split) for run in group], axis=0)
     reported = [run.metrics[split][metric] for run in group]
     averaged = len(group) > 1 and first["kind"] == "fusion"
     return {
-        "run": f"{first['fusion']} + {first['head']}" if averaged else first["name"],
+        "run": name_of_seeds(first) if averaged else first["name"],
         "kind": first["kind"],
         "seeds": [run.info["seed"] for run in group],
         "metric": metric,
@@ -185,6 +190,12 @@ def summarise(group: Sequence[Run]) -> dict[str, Any]:
         "parameters": first["parameters"],
         "seconds": float(np.mean([run.info["seconds"] for run in group])),
     }
+
+
+def name_of_seeds(info: dict[str, Any]) -> str:
+    """One name for runs that differ only in their seed: that of a sweep's folders, else fusion and head."""
+    name, seed = str(info["name"]), f"-seed{info['seed']}"
+    return name.removesuffix(seed) if name.endswith(seed) else f"{info['fusion']} + {info['head']}"
 
 
 def format_cells(table: pd.DataFrame) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from satdifuser.errors import BackboneError, SettingsError
+from satdifuser.extract.device import check_dtype, resolve_device, to_device
 from satdifuser.extract.images import resolve_image_size
 from satdifuser.extract.layers import layer_table
 from satdifuser.extract.settings import BackboneSettings, Size
@@ -107,6 +108,15 @@ class BackboneInfo:
 
 
 @dataclass(frozen=True)
+class LoadedModel:
+    """What is known of a backbone only once it is loaded, as a worker tells it."""
+
+    weights_digest: str
+    prompt_digest: str
+    device: str  # cpu or cuda
+
+
+@dataclass(frozen=True)
 class Backbone:
     """A loaded backbone, frozen, on its device."""
 
@@ -122,10 +132,17 @@ class Backbone:
     device: torch.device
     dtype: torch.dtype
 
-    def conditions(self, images: int, metadata: Tensor | None = None) -> Conditions:
-        """What the U-Net is told of the first ``images`` images of a batch; metadata is (B, 7) normalised."""
-        prompt = self.prompt[:images] if len(self.prompt) > 1 else self.prompt.expand(images, -1, -1)
-        return Conditions(prompt, None if metadata is None else metadata.to(self.device))
+    def conditions(self, images: int, metadata: Tensor | None = None, first: int = 0) -> Conditions:
+        """What the U-Net is told of some images.
+
+        Args:
+            images: Their number.
+            metadata: (images, 7) normalised.
+            first: The place of the first one in its batch, where each place has a prompt of its own.
+        """
+        several = len(self.prompt) > 1
+        prompt = self.prompt[first : first + images] if several else self.prompt.expand(images, -1, -1)
+        return Conditions(prompt, None if metadata is None else to_device(metadata, self.device))
 
     def negative_conditions(self, conditions: Conditions) -> Conditions:
         """The negative prompt for as many images; DiffusionSat's own guidance drops all metadata with it."""
@@ -137,6 +154,23 @@ class Backbone:
         dropped = None if conditions.metadata is None else torch.zeros_like(conditions.metadata)
         return Conditions(self.negative.expand(len(conditions.prompt), -1, -1), dropped)
 
+    @property
+    def loaded(self) -> LoadedModel:
+        """What identifies it."""
+        return LoadedModel(self.weights_digest, tensor_digest(self.prompt), self.device.type)
+
+    def to(self, dtype: torch.dtype) -> Backbone:
+        """Turn the networks into another dtype, in place: this backbone as it is then."""
+        negative = None if self.negative is None else self.negative.to(dtype)
+        return replace(
+            self,
+            unet=self.unet.to(dtype),
+            vae=self.vae.to(dtype),
+            prompt=self.prompt.to(dtype),
+            negative=negative,
+            dtype=dtype,
+        )
+
     @torch.no_grad()
     def encode(self, rgb: Tensor, noise: Tensor | None) -> Tensor:
         """Encode images (B, 3, H, W) in [0, 1] to scaled latents (B, c, h, w).
@@ -145,8 +179,9 @@ class Backbone:
             rgb: Images.
             noise: Standard normal (B, c, h, w) to sample the posterior with; None takes its mode.
         """
-        posterior = self.vae.encode((2 * rgb - 1).to(self.device, self.dtype)).latent_dist
-        z = posterior.mode() if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
+        images = to_device(2 * rgb - 1, self.device).to(self.dtype)
+        posterior = self.vae.encode(images).latent_dist
+        z = posterior.mode() if noise is None else posterior.mean + posterior.std * noise
         scaled: Tensor = z * self.vae.config.scaling_factor
         return scaled
 
@@ -241,11 +276,12 @@ def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
     """Load the weights of a backbone.
 
     Raises:
-        SettingsError: the device is not there.
+        SettingsError: the device is not there, or cannot compute with the dtype.
         BackboneError: the weights cannot be read.
     """
     device = resolve_device(settings.device)
     dtype: torch.dtype = getattr(torch, settings.dtype)
+    check_dtype(device, dtype)
     unet = load_unet(info.unet_folder, settings.metadata)
     vae = load_vae(info.folder / "vae")
     prompts = [settings.prompt] if isinstance(settings.prompt, str) else settings.prompt
@@ -253,8 +289,8 @@ def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
     digest = _digest(unet, vae)
     return Backbone(
         info=info,
-        unet=unet.to(device, dtype),
-        vae=vae.to(device, dtype),
+        unet=_placed(unet, device, dtype),
+        vae=_placed(vae, device, dtype),
         prompt=prompt.to(device, dtype),
         negative=None if negative is None else negative.to(device, dtype),
         alphas=info.scheduler.alphas_cumprod.double(),
@@ -264,22 +300,10 @@ def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
     )
 
 
-def resolve_device(device: str) -> torch.device:
-    """Choose the device: ``auto`` is a GPU where there is one.
-
-    Raises:
-        SettingsError: the device is not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(
-            f"backbone.device: {device!r} is not available here: {error}; use auto or cpu"
-        ) from error
-    return chosen
+def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
+    """Bring a model to its device; a GPU convolves fastest with the channels last."""
+    on_gpu = device.type == "cuda"
+    return model.to(device, dtype, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
 
 
 def load_unet(folder: Path, metadata: bool) -> Any:

@@ -5,19 +5,23 @@ Legend: B tiles, T timesteps, C channels, h and w latent pixels, H and W feature
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from satdifuser.extract.backbone import Backbone
+from satdifuser.extract.compiled import CompiledTaps
+from satdifuser.extract.device import to_device
 from satdifuser.extract.layers import Taps, tapped
 from satdifuser.extract.noising import (
     CLEAN,
+    Level,
     add_noise,
-    alpha_bar,
     inversion_grid,
     invert_step,
+    noise_level,
     resolve_timesteps,
     tile_noise,
 )
@@ -40,6 +44,56 @@ class FeatureExtractor:
         declared = backbone.info.scheduler.config.prediction_type
         self.prediction_type = declared if settings.prediction == "scheduler" else settings.prediction
         self.unet_calls = 0
+        self._levels = {t: self._level(t) for t in (*self._grid(), *self.timesteps)}
+        self._compiled = self._compile() if settings.compile else None
+
+    def _compile(self) -> CompiledTaps:
+        steps = len(self.timesteps) if self.settings.noising == "forward" else 1
+        return CompiledTaps(self.backbone.unet, self.layers, int(self.settings.batch_size) * steps)
+
+    def check(self, tiles: int, image_size: tuple[int, int], metadata: Tensor | None) -> None:
+        """Compare the network, where it is compiled, with itself as it is, in a batch of so many tiles.
+
+        Raises:
+            BackboneError: it cannot be compiled, or a layer differs.
+        """
+        if self._compiled is None:
+            return
+        forward = self.settings.noising == "forward"
+        level, rows = self._levels[self.timesteps[-1]], tiles * (len(self.timesteps) if forward else 1)
+        shape = self.backbone.info.latent_shape(image_size)
+        x = self._noise("check", 0, [str(row) for row in range(rows)], shape)
+        conditions = self.backbone.conditions(tiles, metadata).repeat(rows // tiles)
+        self._compiled.check(x, level.time.expand(rows), conditions)
+
+    def _grid(self) -> list[int]:
+        """The timesteps of the inversion up to the last one that is asked for; none with forward noising."""
+        if self.settings.noising == "forward":
+            return []
+        info = self.backbone.info
+        grid = inversion_grid(info.train_steps, self.settings.steps, info.steps_offset)
+        return grid[: grid.index(self.timesteps[-1]) + 1]
+
+    def _level(self, t: int) -> Level:
+        return noise_level(self.backbone.alphas, t, self.backbone.dtype, self.backbone.device)
+
+    @contextmanager
+    def in_float32(self) -> Iterator[FeatureExtractor]:
+        """An extractor that computes in float32 with the same weights, while the `with` block lasts."""
+        narrow, settings = self.backbone, self.settings.model_copy(update={"compile": False})
+        wide = narrow.to(torch.float32)
+        try:
+            yield FeatureExtractor(wide, settings, self.layers)
+        finally:
+            narrow.to(narrow.dtype)
+
+    @contextmanager
+    def _taps(self) -> Iterator[Taps | CompiledTaps]:
+        if self._compiled:
+            yield self._compiled
+            return
+        with tapped(self.backbone.unet, self.layers) as taps:
+            yield taps
 
     def latents(self, rgb: Tensor, tile_ids: Sequence[str]) -> Tensor:
         """Encode a batch of images.
@@ -61,7 +115,7 @@ class FeatureExtractor:
         return self.features(self.latents(rgb, tile_ids), tile_ids, metadata)
 
     def features(
-        self, latents: Tensor, tile_ids: Sequence[str], metadata: Tensor | None = None
+        self, latents: Tensor, tile_ids: Sequence[str], metadata: Tensor | None = None, first: int = 0
     ) -> list[Tensor]:
         """Compute the features of a batch.
 
@@ -69,11 +123,12 @@ class FeatureExtractor:
             latents: Clean latents (B, c, h, w).
             tile_ids: The B tiles' ids, which seed their noise.
             metadata: (B, 7) float32 as `normalise` makes it, for a backbone that reads metadata.
+            first: The place of the first tile, where each place of a batch has a prompt of its own.
 
         Returns:
             One (B, T, C, H, W) float32 tensor per layer, timesteps ascending.
         """
-        conditions = self.backbone.conditions(len(latents), metadata)
+        conditions = self.backbone.conditions(len(latents), metadata, first)
         if self.settings.noising == "inversion":
             return self.invert(latents, conditions)
         draws = [self._noise("noise", i, tile_ids, latents.shape[1:]) for i in range(self.settings.draws)]
@@ -81,7 +136,11 @@ class FeatureExtractor:
 
     def _noise(self, purpose: str, draw: int, tile_ids: Sequence[str], shape: Sequence[int]) -> Tensor:
         drawn = [tile_noise(self.settings.seed, tile_id, purpose, draw, shape) for tile_id in tile_ids]
-        return torch.stack(drawn).to(self.backbone.device, self.backbone.dtype)
+        return self.to_backbone(torch.stack(drawn))
+
+    def to_backbone(self, values: Tensor) -> Tensor:
+        """Bring values to the backbone's device and dtype."""
+        return to_device(values, self.backbone.device).to(self.backbone.dtype)
 
     @torch.no_grad()
     def invert(self, x: Tensor, conditions: Conditions) -> list[Tensor]:
@@ -94,12 +153,12 @@ class FeatureExtractor:
         Returns:
             One (B, T, C, H, W) float32 tensor per layer, timesteps ascending.
         """
-        info = self.backbone.info
-        grid = inversion_grid(info.train_steps, self.settings.steps, info.steps_offset)
         kept: list[list[Tensor]] = []
-        with tapped(self.backbone.unet, self.layers) as taps:
+        grid = self._grid()
+        with self._taps() as taps:
             for t, t_next in zip(grid, [*grid[1:], CLEAN], strict=True):
-                time = torch.full((len(x),), float(t), device=x.device)
+                level = self._levels[t]
+                time = level.time.expand(len(x))
                 self.unet_calls += 1
                 if t == self.timesteps[-1]:
                     kept.append([f.float() for f in taps.features_only(x, time, conditions)])
@@ -108,14 +167,12 @@ class FeatureExtractor:
                 if t in self.timesteps:
                     kept.append([f.float() for f in taps.features()])
                 output = self._guide(taps, output, x, time, conditions)
-                alpha, alpha_next = (
-                    alpha_bar(self.backbone.alphas, t),
-                    alpha_bar(self.backbone.alphas, t_next),
-                )
-                x = invert_step(x, output, alpha, alpha_next, self.prediction_type)
+                x = invert_step(x, output, level, self._levels[t_next], self.prediction_type)
         return [torch.stack(maps, dim=1) for maps in zip(*kept, strict=True)]
 
-    def _guide(self, taps: Taps, output: Tensor, x: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+    def _guide(
+        self, taps: Taps | CompiledTaps, output: Tensor, x: Tensor, time: Tensor, conditions: Conditions
+    ) -> Tensor:
         """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): away from the negative prompt."""
         if self.settings.guidance is False:
             return output
@@ -136,12 +193,12 @@ class FeatureExtractor:
             One (B, T, C, H, W) float32 tensor per layer, timesteps ascending.
         """
         steps = len(self.timesteps)
-        time = torch.tensor(self.timesteps, dtype=torch.float32, device=z0.device).repeat(len(z0))
-        alphas = [alpha_bar(self.backbone.alphas, t) for t in self.timesteps]
+        levels = [self._levels[t] for t in self.timesteps]
+        time = torch.cat([level.time for level in levels]).repeat(len(z0))
         sums: list[Tensor] = []
-        with tapped(self.backbone.unet, self.layers) as taps:
+        with self._taps() as taps:
             for noise in draws:
-                x = torch.stack([add_noise(z0, noise, alpha) for alpha in alphas], dim=1)  # (B, T, c, h, w)
+                x = torch.stack([add_noise(z0, noise, level) for level in levels], dim=1)  # (B, T, c, h, w)
                 self.unet_calls += 1
                 maps = taps.features_only(x.flatten(0, 1), time, conditions.repeat(steps))
                 drawn = [m.float().unflatten(0, (len(z0), steps)) for m in maps]

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from satdifuser.errors import SettingsError, StoreError
 from satdifuser.extract.backbone import Backbone, BackboneInfo, find_backbone, load_backbone
+from satdifuser.extract.compute import Work
+from satdifuser.extract.device import fix_arithmetic
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.grow_shards import Growth, fill
 from satdifuser.extract.job import (
@@ -36,7 +37,6 @@ from satdifuser.extract.layers import select_layers
 from satdifuser.extract.metadata import collect_metadata
 from satdifuser.extract.noising import check_timesteps
 from satdifuser.extract.plan import format_bytes, with_margin
-from satdifuser.extract.run import Work
 from satdifuser.extract.sources import list_tiles, open_source
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.store.copy import tile_rows
@@ -151,9 +151,9 @@ def _as_stored(job: Job, a: Attributes) -> Job:
 def _load(job: Job, info: BackboneInfo, old: FeatureStore, image_size: tuple[int, int]) -> Backbone:
     """Load the backbone; what it makes must fit to what is there."""
     a, path = old.attributes, old.path
-    torch.set_num_threads(int(job.settings.threads))
+    fix_arithmetic(int(job.settings.threads))
     backbone = load_backbone(info, job.backbone_settings)
-    identity = feature_identity(job, backbone, image_size, a.tile_size)
+    identity = feature_identity(job, info, backbone.loaded, image_size, a.tile_size)
     if canonical_hash(identity) != a.planned.feature:
         listing = "\n  ".join(differing_fields(identity, a.feature_identity))
         raise StoreError(f"{path}: cannot grow, for it was made with other settings:\n  {listing}")

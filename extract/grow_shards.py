@@ -7,17 +7,18 @@ still be the same. Legend: B tiles of a shard, T timesteps.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from satdifuser.errors import StoreError
 from satdifuser.extract.background import Background
-from satdifuser.extract.run import Work, compute_maps, compute_shard, encode_batch, read_row
+from satdifuser.extract.compute import Work, compute_shard, launch_latents
+from satdifuser.extract.reading import read_ahead, read_row
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.store.copy import tile_rows
@@ -63,10 +64,8 @@ def fill(growth: Growth, writer: StoreWriter) -> None:
                 tiles |= _old_tiles(growth, there, known, values, encoding)
             others = [record for record in records if record.tile_id not in rows]
             if others and growth.source:
-                found, batches = compute_shard(
-                    growth.whole, growth.source, others, values, encoding, encoding.check
-                )
-                tiles |= _by_tile(found, (tile for batch in batches for tile in _tiles_of(batch.result())))
+                found, batches = _from_source(growth.whole, growth.source, others, values, encoding)
+                tiles |= _by_tile(found, (tile for batch in batches for tile in _tiles_of(batch)))
             ordered = [tiles[record.tile_id] for record in records]
             features = [encoded for _, encoded in ordered if encoded is not None]
             writer.write_shard(shard, [row for row, _ in ordered], features, {})
@@ -119,13 +118,20 @@ def _held(old: FeatureStore, rows: Indices) -> Piece:
 
 
 def _from_latents(work: Work, records: Sequence[TileRecord], latents: NDArray[np.float32]) -> list[Encoded]:
-    backbone, size = work.extractor.backbone, int(work.job.settings.batch_size)
     batches = []
-    for start in range(0, len(records), size):
-        ids = [record.tile_id for record in records[start : start + size]]
-        clean = torch.from_numpy(latents[start : start + size]).to(backbone.device, backbone.dtype)
-        batches.append(encode_batch(work, ids, compute_maps(work, clean, ids)))
+    for start in range(0, len(records), work.batch_size):
+        part = slice(start, start + work.batch_size)
+        ids = [record.tile_id for record in records[part]]
+        batches.append(launch_latents(work, latents[part], ids)().encoded)
     return batches
+
+
+def _from_source(
+    work: Work, source: Source, records: Sequence[TileRecord], values: ValueRange, encoding: Background
+) -> tuple[list[TileRow], list[Encoded]]:
+    with closing(read_ahead(work.job, source, work.image_size, records)) as tiles:
+        rows, batches, _ = compute_shard(work, tiles, len(records), values, encoding, encoding.check).finish()
+    return rows, batches
 
 
 def _from_images(
@@ -136,10 +142,10 @@ def _from_images(
     values: ValueRange,
     encoding: Background,
 ) -> list[Encoded]:
-    rows, batches = compute_shard(work, source, records, values, encoding, encoding.check)
+    rows, batches = _from_source(work, source, records, values, encoding)
     for row, before in zip(rows, held, strict=True):
         _require_same_image(row, before)
-    return [batch.result() for batch in batches]
+    return batches
 
 
 def _relabelled(work: Work, source: Source, record: TileRecord, held: TileRow) -> TileRow:

@@ -11,14 +11,15 @@ import platform
 import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from satdifuser.errors import SettingsError, SourceError
-from satdifuser.extract.backbone import Backbone, BackboneInfo, resolve_device, tensor_digest
+from satdifuser.extract.backbone import BackboneInfo, LoadedModel
+from satdifuser.extract.device import resolve_device
 from satdifuser.extract.images import COLOUR_STATISTICS
 from satdifuser.extract.layers import select_layers
 from satdifuser.extract.metadata import count_missing
@@ -46,7 +47,7 @@ from satdifuser.store.schema import (
 )
 from satdifuser.store.settings import StoreSettings
 
-CPU_BATCH, GPU_BATCH = 8, 32
+CPU_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Job:
     def images(self) -> ImageSettings:
         """How raw values become RGB."""
         return image_settings(self.source_settings)
+
+    def with_batch(self, tiles: int) -> Job:
+        """The same job in batches of so many tiles."""
+        return replace(self, settings=self.settings.model_copy(update={"batch_size": tiles}))
 
 
 def fix_automatic(job: Job, out: Path, overwrite: bool) -> Job:
@@ -85,14 +90,23 @@ def fix_automatic(job: Job, out: Path, overwrite: bool) -> Job:
     return Job(job.source_settings, backbone, settings, job.store)
 
 
-def default_batch(prompt: str | list[str], device: str) -> int:
-    """Tiles of a batch: as many as there are prompts, if there are several."""
+def fix_threads(job: Job, out: Path, overwrite: bool, threads: int) -> Job:
+    """Let ``auto`` be so many threads, unless the store at `out` was begun with others."""
+    if job.settings.threads != "auto":
+        return job
+    begun = FeatureStore(out).attributes.feature_identity if is_store(out) and not overwrite else {}
+    threads = begun.get("threads") or max(1, threads)
+    return replace(job, settings=job.settings.model_copy(update={"threads": threads}))
+
+
+def default_batch(prompt: str | list[str], device: str) -> int | Literal["auto"]:
+    """Tiles of a batch: as many as there are prompts, if there are several; on a GPU to be found by trial."""
     if isinstance(prompt, list):
         return len(prompt)
-    return GPU_BATCH if device.startswith("cuda") else CPU_BATCH
+    return "auto" if device.startswith("cuda") else CPU_BATCH
 
 
-def check_prompts(prompt: str | list[str], batch: int) -> None:
+def check_prompts(prompt: str | list[str], batch: int | Literal["auto"]) -> None:
     """Refuse several prompts that are not one for each tile of a batch."""
     if isinstance(prompt, list) and len(prompt) != batch:
         raise SettingsError(
@@ -149,23 +163,30 @@ def plan_layers(
     return image_size, layers
 
 
+def tiles_per_shard(job: Job, kept: Sequence[LayerInfo], tiles: int) -> int:
+    """Tiles of a shard, for a store that keeps these layers of so many tiles."""
+    asked = job.store.tiles_per_shard
+    if asked == "auto":
+        steps = len(resolve_timesteps(job.settings.timesteps))
+        asked = auto_tiles_per_shard(kept, steps, job.store.encoding, tiles)
+    return min(asked, tiles)
+
+
 def new_attributes(
     job: Job,
     source: Source,
     records: Sequence[TileRecord],
-    backbone: Backbone,
+    info: BackboneInfo,
+    loaded: LoadedModel,
     image_size: tuple[int, int],
     layers: list[LayerInfo],
 ) -> Attributes:
     """What a new store will declare about itself."""
     timesteps = resolve_timesteps(job.settings.timesteps)
     layers = kept_layers(layers, job.store)
-    asked = job.store.tiles_per_shard
-    if asked == "auto":
-        asked = auto_tiles_per_shard(layers, len(timesteps), job.store.encoding, len(records))
-    per_shard = min(asked, len(records))
+    per_shard = tiles_per_shard(job, layers, len(records))
     size = tile_size(records)
-    identity = feature_identity(job, backbone, image_size, size)
+    identity = feature_identity(job, info, loaded, image_size, size)
     ids = [record.tile_id for record in records]
     planned = Hashes(
         feature=canonical_hash(identity),
@@ -190,11 +211,11 @@ def new_attributes(
         encoding=job.store.encoding,
         decode=decode_formula(job.store.encoding),
         previews=job.store.previews,
-        latents=backbone.info.latent_shape(image_size) if job.store.latents else None,
+        latents=info.latent_shape(image_size) if job.store.latents else None,
         valid=True,
         cloud_cover=True,
         colour_statistics=COLOUR_STATISTICS,
-        backbone=_describe_backbone(job, backbone, records, image_size),
+        backbone=_describe_backbone(job, info, loaded, records, image_size),
         feature_identity=identity,
         planned=planned,
         settings=resolved_settings(job, size, image_size, timesteps, per_shard),
@@ -208,10 +229,14 @@ def planned_labels(source: Source, records: Sequence[TileRecord]) -> str:
 
 
 def _describe_backbone(
-    job: Job, backbone: Backbone, records: Sequence[TileRecord], image_size: tuple[int, int]
+    job: Job,
+    info: BackboneInfo,
+    loaded: LoadedModel,
+    records: Sequence[TileRecord],
+    image_size: tuple[int, int],
 ) -> dict[str, Any]:
     """Name and weights of the backbone, and how many tiles lack each metadata field that it reads."""
-    named = {"model": backbone.info.name, "weights_sha256": backbone.weights_digest}
+    named = {"model": info.name, "weights_sha256": loaded.weights_digest}
     if not job.backbone_settings.metadata:
         return named
     return named | {"metadata_missing": count_missing(records, image_size)}
@@ -222,7 +247,7 @@ def resolved_settings(
     size: tuple[int, int],
     image_size: tuple[int, int],
     timesteps: list[int],
-    tiles_per_shard: int,
+    per_shard: int,
 ) -> dict[str, Any]:
     """The settings of a job as plain JSON values by section, with what their presets and autos became."""
     source = job.source_settings.model_dump(mode="json") | {"tile_size": list(size)}
@@ -231,17 +256,17 @@ def resolved_settings(
         "source": source,
         "backbone": job.backbone_settings.model_dump(mode="json"),
         "extract": settings | {"image_size": list(image_size), "timesteps": timesteps},
-        "store": job.store.model_dump(mode="json") | {"tiles_per_shard": tiles_per_shard},
+        "store": job.store.model_dump(mode="json") | {"tiles_per_shard": per_shard},
     }
 
 
 def feature_identity(
-    job: Job, backbone: Backbone, image_size: tuple[int, int], size: tuple[int, int]
+    job: Job, info: BackboneInfo, loaded: LoadedModel, image_size: tuple[int, int], size: tuple[int, int]
 ) -> dict[str, Any]:
     """Everything that shapes one feature value; its hash is the store's `feature` hash."""
     settings = job.settings
     names = ("noising", "steps", "draws", "seed", "latent", "prediction", "guidance", "batch_size", "threads")
-    scheduler = backbone.info.scheduler.config
+    scheduler = info.scheduler.config
     betas = (
         "num_train_timesteps",
         "beta_start",
@@ -251,8 +276,8 @@ def feature_identity(
         "prediction_type",
     )
     return {
-        "weights": backbone.weights_digest,
-        "prompt_embedding": tensor_digest(backbone.prompt),
+        "weights": loaded.weights_digest,
+        "prompt_embedding": loaded.prompt_digest,
         "negative_prompt": job.backbone_settings.negative_prompt if settings.guidance is not False else None,
         "metadata": job.backbone_settings.metadata,
         "scheduler": {name: scheduler[name] for name in betas},
@@ -265,10 +290,17 @@ def feature_identity(
             "resize": "bilinear, antialiased",
         },
         "dtype": job.backbone_settings.dtype,
-        "device": backbone.device.type,
+        "device": loaded.device,
         "encoding": job.store.encoding,
         "pool": job.store.model_dump(mode="json")["pool"] if job.store.encoding == "reduced" else None,
+        **_unusual(job),
     }
+
+
+def _unusual(job: Job) -> dict[str, Any]:
+    """Settings that older stores do not know, where they differ from what those were made with."""
+    found = {"compile": job.settings.compile, "overflow": job.backbone_settings.overflow}
+    return {name: value for name, value in found.items() if value not in (False, "stop")}
 
 
 def _software() -> dict[str, str]:

@@ -173,10 +173,11 @@ class Taps:
 
     def features(self) -> list[Tensor]:
         """Maps of the last forward, in layer order: (B, C, H, W), tokens laid out as maps."""
-        return [_as_map(self._outputs[layer.name], layer) for layer in self._layers]
+        return [as_map(self._outputs[layer.name], layer) for layer in self._layers]
 
 
-def _as_map(output: Tensor, layer: LayerInfo) -> Tensor:
+def as_map(output: Tensor, layer: LayerInfo) -> Tensor:
+    """A tapped output as (B, C, H, W): tokens (B, H·W, C) are laid out row by row."""
     if output.ndim == 4:
         return output
     # (B, H*W, C) -> (B, C, H, W)

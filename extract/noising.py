@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -70,21 +71,50 @@ def check_timesteps(
             )
 
 
+@dataclass(frozen=True)
+class Level:
+    """One noise level on the backbone's device, so that no step of a loop waits for the device.
+
+    ``time`` (1,) float32 is what the network is told; ``signal`` and ``noise``, scalars of the latents'
+    dtype, are sqrt(ᾱ) and sqrt(1 - ᾱ).
+    """
+
+    time: Tensor
+    signal: Tensor
+    noise: Tensor
+
+
+def noise_level(
+    alphas: Tensor, t: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Level:
+    """Prepare a noise level.
+
+    Args:
+        alphas: (train steps,) float64, cumulative products of alphas.
+        t: The timestep; at -1, the clean latent, the product is 1.
+        dtype: Of the latents.
+        device: Where they are.
+    """
+    alpha = alpha_bar(alphas, t)
+    parts = alpha.sqrt().to(device, dtype), (1 - alpha).sqrt().to(device, dtype)
+    return Level(torch.full((1,), float(t), device=device), *parts)
+
+
 def alpha_bar(alphas: Tensor, t: int) -> Tensor:
     """Cumulative product of alphas at a timestep, () float64; 1 at the clean latent."""
     return alphas.new_ones(()) if t == CLEAN else alphas[t]
 
 
-def split_prediction(output: Tensor, x: Tensor, alpha: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+def split_prediction(output: Tensor, x: Tensor, level: Level, prediction_type: str) -> tuple[Tensor, Tensor]:
     """Read a network's output as (x0, epsilon).
 
     Args:
         output: What the network returned for x, (B, c, h, w).
         x: Its noisy input.
-        alpha: Cumulative product of alphas at the input's noise level.
+        level: The input's noise level.
         prediction_type: ``epsilon``, or ``v_prediction`` (Salimans & Ho 2022, arXiv 2202.00512).
     """
-    signal, noise = alpha.sqrt().to(x.dtype), (1 - alpha).sqrt().to(x.dtype)
+    signal, noise = level.signal, level.noise
     if prediction_type == "epsilon":
         return (x - noise * output) / signal, output
     if prediction_type == "v_prediction":
@@ -94,15 +124,15 @@ def split_prediction(output: Tensor, x: Tensor, alpha: Tensor, prediction_type: 
     )
 
 
-def invert_step(x: Tensor, output: Tensor, alpha: Tensor, alpha_next: Tensor, prediction_type: str) -> Tensor:
-    """One DDIM inversion step: x at alpha to x at alpha_next."""
-    x0, epsilon = split_prediction(output, x, alpha, prediction_type)
-    return alpha_next.sqrt().to(x.dtype) * x0 + (1 - alpha_next).sqrt().to(x.dtype) * epsilon
+def invert_step(x: Tensor, output: Tensor, level: Level, next_level: Level, prediction_type: str) -> Tensor:
+    """One DDIM inversion step: x at one noise level to x at the next."""
+    x0, epsilon = split_prediction(output, x, level, prediction_type)
+    return add_noise(x0, epsilon, next_level)
 
 
-def add_noise(z0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
-    """The forward marginal at one noise level: sqrt(alpha) z0 + sqrt(1 - alpha) noise."""
-    return alpha.sqrt().to(z0.dtype) * z0 + (1 - alpha).sqrt().to(z0.dtype) * noise
+def add_noise(z0: Tensor, noise: Tensor, level: Level) -> Tensor:
+    """The forward marginal at one noise level: sqrt(ᾱ) z0 + sqrt(1 - ᾱ) noise."""
+    return level.signal * z0 + level.noise * noise
 
 
 def tile_noise(seed: int, tile_id: str, purpose: str, draw: int, shape: Sequence[int]) -> Tensor:

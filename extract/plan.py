@@ -14,7 +14,7 @@ from typing import get_args
 
 from satdifuser.errors import StoreError
 from satdifuser.extract.backbone import BackboneInfo, find_backbone
-from satdifuser.extract.job import Job, fix_automatic, plan_layers, tile_size
+from satdifuser.extract.job import Job, fix_automatic, plan_layers, tile_size, tiles_per_shard
 from satdifuser.extract.noising import inversion_grid, resolve_timesteps
 from satdifuser.extract.sources import list_tiles, open_source
 from satdifuser.extract.sources.tile import Source, TileRecord
@@ -62,6 +62,11 @@ class Plan:
             return self.records
         ranges = [self.begun.attributes.shard_range(shard) for shard in self.begun.missing_shards()]
         return [record for start, stop in ranges for record in self.records[start:stop]]
+
+    @property
+    def tiles_per_shard(self) -> int:
+        """Tiles of a shard, for a store that is yet to be made."""
+        return tiles_per_shard(self.job, self.kept, len(self.records))
 
     @property
     def passes_per_tile(self) -> int:

@@ -161,6 +161,7 @@ class BackboneSettings(Settings):
     negative_prompt: str = ""
     metadata: bool = False
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    overflow: Literal["stop", "widen"] = "stop"
     device: str = "auto"
 
 
@@ -179,6 +180,8 @@ class ExtractSettings(Settings):
     seed: NonNegativeInt = 0
     batch_size: PositiveInt | Literal["auto"] = "auto"
     threads: PositiveInt | Literal["auto"] = "auto"
+    compile: bool = False
+    read_threads: PositiveInt | Literal["auto"] = "auto"
 
     @field_validator("guidance")
     @classmethod

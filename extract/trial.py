@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from satdifuser.extract.background import Background
+from satdifuser.extract.compute import Work, compute_shard
+from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import Plan
-from satdifuser.extract.run import Work, compute_shard, load_work
+from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
 
@@ -45,7 +48,8 @@ def time_batches(plan: Plan) -> Trial:
     Raises:
         SatDiFuserError: what would have ended the extraction too.
     """
-    work, batch = load_work(plan), int(plan.job.settings.batch_size)
+    work = load_work(plan)
+    batch = work.batch_size
     batches = [plan.left[start : start + batch] for start in range(0, len(plan.left), batch)]
     chosen = batches[:: max(1, len(batches) // (TIMED_BATCHES + 1))][: TIMED_BATCHES + 1]
     values = ValueRange(plan.job.images)
@@ -60,6 +64,9 @@ def time_batches(plan: Plan) -> Trial:
 
 def _seconds(work: Work, source: Source, records: Sequence[TileRecord], values: ValueRange) -> float:
     began = time.perf_counter()
-    with Background("encode") as encoding:
-        compute_shard(work, source, records, values, encoding, encoding.check)
+    with (
+        Background("encode") as encoding,
+        closing(read_ahead(work.job, source, work.image_size, records)) as tiles,
+    ):
+        compute_shard(work, tiles, len(records), values, encoding, encoding.check)
     return time.perf_counter() - began

@@ -15,14 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from satdifuser.errors import RunError
+from satdifuser.errors import RunError, SettingsError
 from satdifuser.fuse.device import choose_device
 from satdifuser.fuse.fusion import FeatureMaps
-from satdifuser.fuse.settings import FitSettings
+from satdifuser.fuse.inputs import Inputs, Statistics, named_inputs
+from satdifuser.fuse.settings import TrainingSettings
 from satdifuser.store.batches import BatchReader
 from satdifuser.store.encoding import Floats
 from satdifuser.store.layout import UNLABELLED
 from satdifuser.store.reader import FeatureStore, Indices, Stored
+from satdifuser.store.schema import LayerInfo, group_layers
 
 STATISTICS_TILES = 256
 LOADED_AT_ONCE = 64  # tiles on their way to the device
@@ -41,23 +43,32 @@ class MapLoader:
         rows: The rows of the tiles.
         settings: The two budgets.
         device: Where the network is.
+        inputs: Which timesteps and layers; None for all.
     """
 
     def __init__(
-        self, store: FeatureStore, rows: Indices, settings: FitSettings, device: torch.device
+        self,
+        store: FeatureStore,
+        rows: Indices,
+        settings: TrainingSettings,
+        device: torch.device,
+        inputs: Inputs | None = None,
     ) -> None:
         self.store, self.rows, self.device = store, rows, device
+        self.inputs = inputs or named_inputs(store, None, ["*"])
         self._targets = store.targets(rows)
-        size = store.stored_bytes_per_tile() * len(rows)
+        selection = self.inputs.selection
+        size = store.stored_bytes_per_tile(selection) * len(rows)
         self._held = self._load() if size <= settings.device_memory_gb * 1e9 else None
         budget = 0 if self._held else settings.memory_gb * 1e9
-        self._reader = BatchReader(store, rows, budget_bytes=budget)
+        self._reader = BatchReader(store, rows, selection, budget)
 
     def _load(self) -> Tensors:
         """All stored arrays on the device, a few tiles at a time."""
         held: Tensors = {}
         for start in range(0, len(self.rows), LOADED_AT_ONCE):
-            part = to_tensors(self.store.stored(self.rows[start : start + LOADED_AT_ONCE]), self.device)
+            rows = self.rows[start : start + LOADED_AT_ONCE]
+            part = to_tensors(self.store.stored(rows, self.inputs.selection), self.device)
             held = held or self._room_for(part)
             for group, arrays in part.items():
                 for name, array in arrays.items():
@@ -77,10 +88,24 @@ class MapLoader:
         """Yield (maps, targets, positions) over an order of positions 0 … N-1 of `rows`."""
         parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         standard = None if statistics is None else Standard(statistics, self.device)
+        layers = self.store.attributes.layers
         for chosen, stored in zip(parts, self._stored(parts), strict=True):
-            maps = as_feature_maps(self.store, decode(self.store, stored), standard)
+            maps = as_feature_maps(layers, decode(layers, stored), standard, self.inputs)
             targets = None if self._targets is None else torch.from_numpy(self._targets[chosen]).long()
             yield maps, targets, chosen
+
+    def labelled_batches(
+        self, order: NDArray[np.intp], batch_size: int, statistics: Statistics | None
+    ) -> Iterator[tuple[FeatureMaps, Tensor]]:
+        """The same with targets, of a store that holds some.
+
+        Raises:
+            SettingsError: it holds none.
+        """
+        for maps, targets, _ in self.batches(order, batch_size, statistics):
+            if targets is None:
+                raise SettingsError(f"{self.store.path}: holds no targets; extract from a source with labels")
+            yield maps, targets
 
     def _stored(self, parts: Sequence[Indices]) -> Iterator[Tensors]:
         """The stored arrays of one list of positions after the other, on the device."""
@@ -100,12 +125,8 @@ class MapLoader:
                 wide = maps.astype(np.float64)
                 sums = [wide.sum(axis=(0, -2, -1)), np.square(wide).sum(axis=(0, -2, -1))]
                 totals[group] = [a + b for a, b in zip(totals.get(group, (0.0, 0.0)), sums, strict=True)]
-        pixels = {
-            group: len(chosen)
-            * self.store.attributes.layers[held[0]].height
-            * self.store.attributes.layers[held[0]].width
-            for group, held in self.store.groups.items()
-        }
+        tables = {g: self.store.attributes.layers[self.store.groups[g][0]] for g in totals}
+        pixels = {group: len(chosen) * layer.height * layer.width for group, layer in tables.items()}
         return {g: _mean_and_spread(a, b, pixels[g]) for g, (a, b) in totals.items()}
 
 
@@ -115,10 +136,12 @@ class TrainingData:
     Args:
         store: A complete store with targets.
         settings: Its partition, and the memory for stored features of each split.
+        inputs: The timesteps and layers that any of the trainings sees; None for all.
     """
 
-    def __init__(self, store: FeatureStore, settings: FitSettings) -> None:
+    def __init__(self, store: FeatureStore, settings: TrainingSettings, inputs: Inputs | None = None) -> None:
         self.store, self.settings = store, settings
+        self.inputs = inputs or named_inputs(store, None, ["*"])
 
     @cached_property
     def train(self) -> MapLoader:
@@ -131,13 +154,13 @@ class TrainingData:
         return self._load("val")
 
     @cached_property
-    def statistics(self) -> Statistics:
-        """Mean and spread of the features to learn from."""
-        return self.train.statistics()
+    def statistics(self) -> Statistics | None:
+        """Mean and spread of the features to learn from; None where they are taken as they are."""
+        return self.train.statistics() if self.settings.normalise else None
 
     def _load(self, split: str) -> MapLoader:
         rows = labelled(self.store, split, self.settings.partition)
-        return MapLoader(self.store, rows, self.settings, choose_device(self.settings.device))
+        return MapLoader(self.store, rows, self.settings, choose_device(self.settings.device), self.inputs)
 
 
 def labelled(store: FeatureStore, split: str, partition: str = "auto") -> Indices:
@@ -156,10 +179,6 @@ def labelled(store: FeatureStore, split: str, partition: str = "auto") -> Indice
     if not len(kept):
         raise RunError(f"{store.path}: no tile of split {split!r} has a label")
     return kept
-
-
-Statistics = dict[str, tuple[Floats, Floats]]
-"""Group name to mean and standard deviation, each (T, L, C) float32."""
 
 
 def _mean_and_spread(
@@ -193,14 +212,18 @@ def to_tensors(stored: Stored, device: torch.device) -> Tensors:
     }
 
 
-def decode(store: FeatureStore, stored: Tensors) -> dict[str, Tensor]:
+def decode(layers: Sequence[LayerInfo], stored: Tensors) -> dict[str, Tensor]:
     """Decode stored arrays as `satdifuser.store.encoding.decode` does.
+
+    Args:
+        layers: The table of the store's layers.
+        stored: Its arrays.
 
     Returns:
         Group to (B, T, L, C, H, W) float32, in memory of its own.
     """
-    layers = store.attributes.layers
-    return {g: _decode(arrays, layers[store.groups[g][0]].width) for g, arrays in stored.items()}
+    groups = group_layers(layers)
+    return {g: _decode(arrays, layers[groups[g][0]].width) for g, arrays in stored.items()}
 
 
 def _decode(arrays: Mapping[str, Tensor], width: int) -> Tensor:
@@ -215,20 +238,20 @@ def _decode(arrays: Mapping[str, Tensor], width: int) -> Tensor:
     return maps
 
 
-def as_feature_maps(store: FeatureStore, maps: dict[str, Tensor], standard: Standard | None) -> FeatureMaps:
-    """Lay out decoded groups as stride -> one (B, T, C, H, W) tensor per layer, in table order."""
-    by_position: dict[int, Tensor] = {}
-    for group, held in store.groups.items():
+def as_feature_maps(
+    layers: Sequence[LayerInfo], maps: dict[str, Tensor], standard: Standard | None, inputs: Inputs
+) -> FeatureMaps:
+    """Lay out decoded groups as stride -> one (B, T, C, H, W) tensor per layer, in table order.
+
+    Args:
+        layers: The table of the store's layers.
+        maps: Those of the inputs, by group.
+        standard: Standardises them in place; None leaves them.
+        inputs: The timesteps and layers that were read.
+    """
+    groups, by_name = group_layers(layers), dict[str, Tensor]()
+    for group, held in inputs.selection.layers.items():
         values = maps[group] if standard is None else standard.apply(group, maps[group])
-        for i, position in enumerate(held):
-            by_position[position] = values[:, :, i]
-    layers = store.attributes.layers
-    strides = sorted({layer.stride for layer in layers})
-    return {s: [by_position[p] for p, layer in enumerate(layers) if layer.stride == s] for s in strides}
-
-
-def channels_by_stride(store: FeatureStore) -> dict[int, list[int]]:
-    """Stride -> the width of each layer, in table order, finest first."""
-    layers = store.attributes.layers
-    strides: Sequence[int] = sorted({layer.stride for layer in layers})
-    return {s: [layer.channels for layer in layers if layer.stride == s] for s in strides}
+        for i, place in enumerate(held):
+            by_name[layers[groups[group][place]].name] = values[:, :, i]
+    return {s: [by_name[layer.name] for layer in held] for s, held in inputs.by_stride.items()}

@@ -1,6 +1,7 @@
 """Fusion modules: the feature maps of all layers and timesteps become one map per scale.
 
-The three fusions of Jia et al. (SatDiFuser), ICCV 2025, arXiv 2503.07890; the bottleneck is the residual
+The three fusions of Jia et al. (SatDiFuser), ICCV 2025, arXiv 2503.07890, and the concatenation that they are
+compared with; the bottleneck is the residual
 block of He et al., CVPR 2016, arXiv 1512.03385, with the group norm of Wu & He, arXiv 1803.08494.
 Parameters carry the names of the authors' released modules, so that a state dict of theirs loads as it is.
 
@@ -70,6 +71,45 @@ class Bottleneck(nn.Module):
         y = self.conv1(x).relu()
         y = self.conv2(y).relu()
         return torch.relu(self.conv3(y) + self.shortcut(x))
+
+
+class ConcatenationFusion(nn.Module):
+    """``X_s = Φ_s(concat_{t,l} F_{t,l})``: all maps of a scale side by side, without learned weights.
+
+    Of one timestep and one kind of layer it is the paper's `single`.
+
+    Args:
+        channels, timesteps, projection, norm_groups, num_res_blocks: As for ``GlobalFusion``.
+
+    Raises:
+        SettingsError: If the groups do not divide P/4.
+    """
+
+    def __init__(
+        self, channels: Channels, timesteps: int, projection: int, norm_groups: int, num_res_blocks: int = 1
+    ) -> None:
+        super().__init__()
+        self.channels, self.timesteps = channels, timesteps
+        self.bottleneck_layers = nn.ModuleList(
+            bottlenecks(timesteps * sum(channels[stride]), projection, norm_groups, num_res_blocks)
+            for stride in sorted(channels)
+        )
+
+    def forward(self, maps: FeatureMaps) -> tuple[list[Tensor], list[Tensor]]:
+        """Fuse the maps of a batch of tiles.
+
+        Args:
+            maps: Per stride one (B, T, C, H, W) float32 tensor per layer.
+
+        Returns:
+            Per scale (B, P, H, W) float32, finest first, and no weights.
+
+        Raises:
+            RunError: If the maps are of other strides, layers or timesteps.
+        """
+        check_maps(maps, self.channels, self.timesteps)
+        joined = [torch.cat(maps[stride], dim=2).flatten(1, 2) for stride in sorted(maps)]
+        return [block(x) for block, x in zip(self.bottleneck_layers, joined, strict=True)], []
 
 
 class GlobalFusion(nn.Module):

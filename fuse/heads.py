@@ -45,6 +45,31 @@ class LinearHead(nn.Module):
         return logits
 
 
+class PixelHead(nn.Module):
+    """Sum of the scales, then the same linear layer at every pixel: the linear head of a segmentation.
+
+    Args:
+        projection: Channels P of every fused map.
+        classes: Number of classes.
+    """
+
+    def __init__(self, projection: int, classes: int) -> None:
+        super().__init__()
+        self.conv_seg = nn.Conv2d(projection, classes, 1)
+
+    def forward(self, fused: list[Tensor]) -> Tensor:
+        """Logits of pixels.
+
+        Args:
+            fused: Per scale (B, P, H, W) float32, finest first.
+
+        Returns:
+            (B, classes, H, W) float32, at the size of the finest scale.
+        """
+        logits: Tensor = self.conv_seg(torch.stack(resize_to_finest(fused)).sum(0))
+        return logits
+
+
 class UPerNetHead(nn.Module):
     """Pyramid pooling on the coarsest scale, top-down feature pyramid, one logit map per class.
 

@@ -12,14 +12,26 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from satdifuser.errors import SettingsError
-from satdifuser.fuse.fusion import Channels, FeatureMaps, GlobalFusion, LocalizedFusion, MoEFusion
-from satdifuser.fuse.heads import LinearHead, UPerNetHead, resize
+from satdifuser.fuse.fusion import (
+    Channels,
+    ConcatenationFusion,
+    FeatureMaps,
+    GlobalFusion,
+    LocalizedFusion,
+    MoEFusion,
+)
+from satdifuser.fuse.heads import LinearHead, PixelHead, UPerNetHead, resize
 from satdifuser.fuse.settings import FitSettings, FusionName, HeadName, Task
 
 WIDE_LAYER = 320
 """A backbone with layers at least this wide is of Stable Diffusion's size."""
 
-HEADS: dict[Task, HeadName] = {"classification": "linear", "multilabel": "linear", "segmentation": "upernet"}
+HEADS: dict[Task, tuple[HeadName, ...]] = {
+    "classification": ("linear",),
+    "multilabel": ("linear",),
+    "segmentation": ("upernet", "linear"),
+}
+"""The heads that fit a task; `auto` is the first."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +136,11 @@ def build_fusion(
     norm_groups: int,
     settings: FitSettings,
     variant: Variant,
-) -> GlobalFusion | LocalizedFusion | MoEFusion:
-    """Build the fusion module of that name."""
+) -> ConcatenationFusion | GlobalFusion | LocalizedFusion | MoEFusion:
+    """Build the fusion module of that name; `single` concatenates the little that it is given."""
     blocks = variant.num_res_blocks
+    if name in ("single", "concatenation"):
+        return ConcatenationFusion(channels, timesteps, projection, norm_groups, blocks)
     if name == "global":
         return GlobalFusion(channels, timesteps, projection, norm_groups, blocks)
     if name == "localized":
@@ -153,18 +167,32 @@ def build_fusion(
 
 def build_head(
     task: Task, projection: int, scales: int, classes: int, settings: FitSettings, variant: Variant
-) -> LinearHead | UPerNetHead:
+) -> LinearHead | PixelHead | UPerNetHead:
     """Build the head that the settings ask for.
 
     Raises:
         SettingsError: If it does not fit the task.
     """
+    head = choose_head(task, settings)
+    if head == "upernet":
+        # the published 512 for a projection of 384, in proportion for others
+        channels = variant.decoder_channels or projection * 4 // 3
+        return UPerNetHead(projection, scales, classes, channels=channels)
+    return (PixelHead if task == "segmentation" else LinearHead)(projection, classes)
+
+
+def choose_head(task: Task, settings: FitSettings) -> HeadName:
+    """Resolve ``head``.
+
+    Raises:
+        SettingsError: If it does not fit the task.
+    """
     fitting = HEADS[task]
-    if settings.head not in ("auto", fitting):
+    if settings.head == "auto":
+        return fitting[0]
+    if settings.head not in fitting:
         raise SettingsError(
-            f"head is {settings.head}, but {task} needs {fitting}: set head to {fitting} or auto"
+            f"head is {settings.head}, but {task} needs {' or '.join(fitting)}: set head to "
+            f"{' or '.join(fitting)} or auto"
         )
-    if fitting == "linear":
-        return LinearHead(projection, classes)
-    # the published 512 for a projection of 384, in proportion for others
-    return UPerNetHead(projection, scales, classes, channels=variant.decoder_channels or projection * 4 // 3)
+    return settings.head

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from satdifuser.errors import RunError
 from satdifuser.fuse.fusion import MoEFusion
+from satdifuser.fuse.inputs import choose_inputs
 from satdifuser.fuse.network import HEADS, Variant
 from satdifuser.fuse.reference_checks import TASKS, check_store, check_tensors
 from satdifuser.fuse.reference_file import (
@@ -63,7 +64,8 @@ def import_reference(
 
 def _sections(found: ReferenceCheckpoint, store: FeatureStore | None) -> dict[str, Any]:
     """The settings.yaml of an imported run."""
-    fit = {"fit": fit_settings(found.config).model_dump(mode="json")}
+    own = {"fusion": [FUSIONS[found.config.fuser]], "seeds": [found.config.seed or 0]}
+    fit = {"fit": own | fit_settings(found.config).model_dump(mode="json")}
     return fit if store is None else fit | store.attributes.settings
 
 
@@ -75,7 +77,7 @@ def _waiting(found: ReferenceCheckpoint) -> dict[str, Any]:
         "kind": WAITING,
         "task": task,
         "fusion": FUSIONS[found.config.fuser],
-        "head": HEADS[task],
+        "head": HEADS[task][0],
         "seed": found.config.seed,
         "reference": _origin(found, []),
     }
@@ -96,13 +98,14 @@ def _fitted_to(found: ReferenceCheckpoint, store: FeatureStore) -> tuple[dict[st
     """The run.json and the weights of a checkpoint as a run for a store, after all checks."""
     notes = check_store(found, store)
     settings, variant = fit_settings(found.config), network_variant(found.config)
-    network = new_network(store, settings, settings.fusion[0], variant)
+    fusion, inputs = FUSIONS[found.config.fuser], choose_inputs(store, settings)
+    network = new_network(store, inputs, settings, fusion, variant)
     check_tensors(found, reference_names(network.state_dict()))
     network.load_reference(found.state)
     if isinstance(network.fusion, MoEFusion):
         network.fusion.forwards.fill_(settings.warmup_steps)  # evaluation counts there, so it was long over
     state = network.state_dict()
-    info = describe_run(store, settings, settings.fusion[0], found.config.seed, network, state) | {
+    info = describe_run(store, inputs, settings, fusion, found.config.seed, network, state) | {
         "history": [],
         "best_epoch": 0,
         "seconds": 0.0,
@@ -158,7 +161,6 @@ def fit_settings(config: ReferenceConfig) -> FitSettings:
     """A checkpoint's settings in our terms; features are not standardised, as in the released code."""
     return FitSettings(
         task=TASKS[config.task],
-        fusion=[FUSIONS[config.fuser]],
         projection=config.projection_dim,
         norm_groups=config.num_norm_groups,
         experts=config.num_experts,
@@ -170,7 +172,6 @@ def fit_settings(config: ReferenceConfig) -> FitSettings:
         warmup_epochs=config.warmup_epochs,
         final_lr=config.min_lr,
         weight_decay=config.op_weight_decay,
-        seeds=[config.seed or 0],
         normalise=False,
         reference_slicing=True,
     )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from satdifuser.errors import RunError
-from satdifuser.fuse.data import channels_by_stride
+from satdifuser.fuse.inputs import named_inputs
 from satdifuser.fuse.reference_file import ReferenceCheckpoint, ReferenceConfig
 from satdifuser.fuse.settings import Task
 from satdifuser.store.reader import FeatureStore
@@ -118,7 +118,7 @@ def find_place(name: str, selection: Mapping[str, Mapping[str, Any]]) -> tuple[i
 
 def check_widths(checkpoint: ReferenceCheckpoint, store: FeatureStore) -> None:
     """Refuse a store whose layers, or for the mixture of experts scales, are not as many and as wide."""
-    channels, state = channels_by_stride(store), checkpoint.state
+    channels, state = named_inputs(store, None, ["*"]).channels, checkpoint.state
     if checkpoint.config.fuser == "moe":
         what, found = "scales", read_widths(state, "scale_moes", "gate_network.0.weight")
         expected = [sum(channels[stride]) for stride in sorted(channels)]

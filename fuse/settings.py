@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationInfo,
     field_validator,
 )
@@ -18,9 +19,46 @@ from pydantic import (
 from satdifuser.errors import SettingsError
 from satdifuser.store.settings import Settings
 
-FusionName = Literal["global", "localized", "moe"]
+FusionName = Literal["single", "concatenation", "global", "localized", "moe"]
 HeadName = Literal["linear", "upernet"]
 Task = Literal["classification", "multilabel", "segmentation"]
+Head = HeadName | Literal["auto"]
+Timesteps = Annotated[list[NonNegativeInt], Field(min_length=1)] | Literal["all"]
+Patterns = Annotated[list[str], Field(min_length=1)]
+
+
+def are_values(value: Any) -> bool:
+    """Whether several values are given, not one."""
+    return isinstance(value, list)
+
+
+def are_lists(value: Any) -> bool:
+    """Whether several lists are given (one of which may be the word all), not one."""
+    return isinstance(value, list) and any(isinstance(part, list) or part == "all" for part in value)
+
+
+# A union is decided before it is checked, so that an error speaks of what was meant.
+ONE, SEVERAL = Tag("one"), Tag("several")
+BY_VALUE = Discriminator(lambda value: "several" if are_values(value) else "one")
+BY_LIST = Discriminator(lambda value: "several" if are_lists(value) else "one")
+Heads = Annotated[
+    Annotated[Head, ONE] | Annotated[list[Head], Field(min_length=1), SEVERAL],
+    BY_VALUE,
+]
+Rates = Annotated[
+    Annotated[PositiveFloat, ONE] | Annotated[list[PositiveFloat], Field(min_length=1), SEVERAL],
+    BY_VALUE,
+]
+PatternLists = Annotated[Annotated[Patterns, ONE] | Annotated[list[Patterns], SEVERAL], BY_LIST]
+TimestepLists = Annotated[Annotated[Timesteps, ONE] | Annotated[list[Timesteps], SEVERAL], BY_LIST]
+
+
+OF_A_SWEEP = ("fusion", "seeds")
+"""Settings of a sweep that a network is told apart by; they stand beside its own settings in run.json."""
+
+
+WHEREABOUTS = ("memory_gb", "device_memory_gb", "networks_gb", "device")
+"""Settings of a training that change no value."""
 
 
 def check_norm_groups(projection: int, norm_groups: int) -> None:
@@ -50,13 +88,11 @@ def check_top_k(top_k: int, experts: int) -> None:
         raise SettingsError(f"top_k is {top_k}, but must be 1 to {experts}, the number of experts")
 
 
-class FitSettings(Settings):
-    """Which networks are trained from a store, and how."""
+class TrainingSettings(Settings):
+    """What all networks of one sweep share."""
 
     task: Task | Literal["auto"] = "auto"
     partition: str = "auto"
-    fusion: list[FusionName] = Field(default=["global", "localized", "moe"], min_length=1)
-    head: HeadName | Literal["auto"] = "auto"
     projection: PositiveInt | Literal["auto"] = "auto"
     norm_groups: PositiveInt | Literal["auto"] = "auto"
     experts: PositiveInt = 8
@@ -64,26 +100,17 @@ class FitSettings(Settings):
     warmup_steps: NonNegativeInt = 20
     epochs: PositiveInt = 8
     batch_size: PositiveInt = 16
-    lr: PositiveFloat = 0.004
     warmup_epochs: NonNegativeInt = 1
     warmup_lr: PositiveFloat = 2e-5
     final_lr: PositiveFloat = 1e-5
     weight_decay: NonNegativeFloat = 0.0
     patience: PositiveInt = 10
-    seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
     normalise: bool = True
     reference_slicing: bool = False
     memory_gb: NonNegativeFloat = 4.0
     device_memory_gb: NonNegativeFloat = 0.0
+    networks_gb: NonNegativeFloat = 1.0
     device: str = "auto"
-
-    @field_validator("fusion", "seeds")
-    @classmethod
-    def check_unique(cls, values: list[Any]) -> list[Any]:
-        twice = [str(value) for value, count in Counter(values).items() if count > 1]
-        if twice:
-            raise ValueError(f"name each value once, got {', '.join(twice)} twice or more")
-        return values
 
     # A check of two fields stands at the later one, so that it is reported with all others.
 
@@ -108,3 +135,31 @@ class FitSettings(Settings):
         if "experts" in info.data:
             check_top_k(top_k, info.data["experts"])
         return top_k
+
+
+class FitSettings(TrainingSettings):
+    """How one network is trained."""
+
+    head: Head = "auto"
+    lr: PositiveFloat = 0.004
+    layers: Patterns = Field(default=["*"])
+    timesteps: Timesteps = "all"
+
+
+class SweepSettings(TrainingSettings):
+    """The section `fit` of a pipeline file: every combination of its lists becomes a network."""
+
+    fusion: list[FusionName] = Field(default=["global", "localized", "moe"], min_length=1)
+    head: Heads = "auto"
+    lr: Rates = 0.004
+    layers: PatternLists = Field(default=["*"])
+    timesteps: TimestepLists = "all"
+    seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
+
+    @field_validator("fusion", "head", "lr", "layers", "timesteps", "seeds")
+    @classmethod
+    def check_unique(cls, values: Any) -> Any:
+        twice = [value for value in values if values.count(value) > 1] if isinstance(values, list) else []
+        if twice:
+            raise ValueError(f"name each value once, got {twice[0]} twice or more")
+        return values

@@ -1,8 +1,9 @@
-"""Trains one network on cached features: store in, run folder out.
+"""Trains networks on cached features, several at once on the same batches.
 
 The protocol of Jia et al. (arXiv 2503.07890, section 4): Adam, linear warm-up then cosine decay, early
-stopping on validation; the weights of the best validation epoch are kept. Every epoch draws its order and
-its dropout from (seed, epoch), so that a training that was interrupted ends where an undisturbed one does.
+stopping on validation; the weights of the best validation epoch are kept. Every epoch draws its order from
+(seed, epoch) and every step its dropout from (seed, epoch, step), so that a training that was interrupted, or
+that shares its batches with others, ends where an undisturbed one does.
 """
 
 from __future__ import annotations
@@ -10,211 +11,130 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from satdifuser.errors import RunError, SettingsError
-from satdifuser.fuse.data import MapLoader, Statistics, TrainingData, channels_by_stride
+from satdifuser.fuse.data import MapLoader, TrainingData
 from satdifuser.fuse.device import choose_device
 from satdifuser.fuse.fusion import FeatureMaps
-from satdifuser.fuse.network import HEADS, OURS, Network, Variant, build_network, choose_widths
-from satdifuser.fuse.run_folder import (
-    CHECKPOINT_FILE,
-    RUN_FILE,
-    Run,
-    load_checkpoint,
-    load_weights,
-    open_run,
-    save_checkpoint,
-    save_run,
-)
-from satdifuser.fuse.settings import FitSettings, FusionName
+from satdifuser.fuse.grid import Candidate
+from satdifuser.fuse.inputs import Inputs, Statistics, choose_inputs, named_inputs, whole_inputs
+from satdifuser.fuse.network import OURS, Network, Variant, build_network, choose_head, choose_widths
+from satdifuser.fuse.run_folder import Run, load_weights
+from satdifuser.fuse.settings import OF_A_SWEEP, FitSettings, FusionName
+from satdifuser.store.place import typical_pixel_size
 from satdifuser.store.reader import FeatureStore
-from satdifuser.store.schema import differing_fields
 
 MAIN_METRIC = {"classification": "accuracy", "multilabel": "f1_micro", "segmentation": "miou"}
 """What is best of a task: decides on val which epoch, probe or run is chosen."""
 
 Prediction = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Probabilities (B, classes) or (B, classes, H, W), and targets (B,), (B, classes) or (B, H, W)."""
-Measure = Callable[[FeatureStore, Iterator[Prediction]], dict[str, float]]
-"""Turns the predictions of a split into metrics; handed in, since `evaluate` builds on this room."""
 
 
-def fit(
-    store: FeatureStore,
-    settings: FitSettings,
-    fusion: FusionName,
-    seed: int,
-    out: Path,
-    measure: Measure,
-    overwrite: bool = False,
-    data: TrainingData | None = None,
-) -> Run:
-    """Train one fusion with one seed, or go on with a training that was interrupted.
+class Scorer(Protocol):
+    """Takes in the predictions of a split, and turns them into metrics."""
 
-    Args:
-        store: A complete store with targets and the splits train and val.
-        settings: Of the training.
-        fusion: Which fusion module.
-        seed: Of initial weights, batch order and dropout.
-        out: The run's folder; a finished run of the same settings is returned as it is.
-        measure: Metrics of the predictions of a split.
-        overwrite: Train anew whatever is at `out`.
-        data: What is read of the store, shared by several trainings; None reads it for this one.
+    def add(self, probabilities: NDArray[np.float32], targets: NDArray[np.int64]) -> None:
+        """Take in a prediction."""
 
-    Raises:
-        StoreError: shards are missing, or a split is empty.
-        RunError: another run is at `out`.
-        SettingsError: the store has no targets or not those, or not the partition, that the settings ask for.
-    """
-    check_task(store, settings)
-    identity = run_identity(store, settings, fusion, seed)
-    if not overwrite and (done := _finished(out, identity)):
-        return done
-    training = Training(store, settings, fusion, seed, data or TrainingData(store, settings))
-    training.restore(None if overwrite else _unfinished(out, identity))
-    name = f"fit {fusion} (seed {seed})"
-    epochs = range(training.epoch, settings.epochs)
-    with tqdm(epochs, desc=name, unit="epoch", disable=None, initial=training.epoch) as bar:
-        for epoch in bar:
-            if training.epoch - training.best_epoch > settings.patience:
-                break
-            metrics = training.run_epoch(epoch, measure)
-            bar.set_postfix_str(" ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
-            save_checkpoint(_made(out), training.state() | {"identity": identity})
-    info = training.describe() | {"name": out.name, "identity": identity}
-    run = save_run(
-        out,
-        info,
-        {"fit": settings.model_dump(mode="json")} | store.attributes.settings,
-        training.best,
-        training.statistics,
-    )
-    (out / CHECKPOINT_FILE).unlink(missing_ok=True)
-    return run
+    def metrics(self) -> dict[str, float]:
+        """Metrics of all that was taken in."""
 
 
-def check_task(store: FeatureStore, settings: FitSettings) -> None:
-    """Refuse a store without the targets that the settings ask for."""
-    task = store.attributes.task
-    if task is None:
-        raise SettingsError(f"{store.path}: holds no targets to fit to; extract from a source with labels")
-    if settings.task not in ("auto", task):
-        raise SettingsError(f"fit.task: got {settings.task}, but {store.path} holds targets for {task}")
-
-
-def run_identity(store: FeatureStore, settings: FitSettings, fusion: FusionName, seed: int) -> dict[str, Any]:
-    """What a run must share with another to be the same one."""
-    whereabouts = {"memory_gb", "device_memory_gb", "device"}
-    shaping = settings.model_dump(mode="json", exclude={"fusion", "seeds"} | whereabouts)
-    shaping["partition"] = store.choose_partition(settings.partition)
-    return {"fusion": fusion, "seed": seed, "settings": shaping, "store": store.hashes().model_dump()}
-
-
-def _finished(out: Path, identity: dict[str, Any]) -> Run | None:
-    if not (out / RUN_FILE).is_file():
-        return None
-    run = open_run(out)
-    _check_same(out, identity, run.info.get("identity", {}))
-    return run
-
-
-def _unfinished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    state = load_checkpoint(out)
-    if state is not None:
-        _check_same(out, identity, state["identity"])
-    return state
-
-
-def _check_same(out: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    if ours != theirs:
-        fields = [line.replace("store has", "run has") for line in differing_fields(ours, theirs)]
-        raise RunError(
-            f"{out}: holds a run of other settings:\n  " + "\n  ".join(fields) + "\n"
-            "write to another folder, or replace it with --overwrite"
-        )
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+NewScorer = Callable[[FeatureStore], Scorer]
+"""Makes an empty one; handed in, since `evaluate` builds on this room."""
 
 
 class Training:
-    """The state of one training between two epochs."""
+    """The state of one training between two epochs.
 
-    def __init__(
-        self,
-        store: FeatureStore,
-        settings: FitSettings,
-        fusion: FusionName,
-        seed: int,
-        data: TrainingData,
-    ) -> None:
-        self.store, self.settings, self.fusion, self.seed = store, settings, fusion, seed
-        self.train, self.val = data.train, data.val
-        self.statistics = data.statistics if settings.normalise else None
-        torch.manual_seed(seed)
+    Args:
+        data: What is read of the store.
+        candidate: Fusion, settings, and the seed of initial weights, batch order and dropout.
+    """
+
+    def __init__(self, data: TrainingData, candidate: Candidate) -> None:
+        self.data, self.store, self.candidate = data, data.store, candidate
+        self.settings = settings = candidate.settings
+        self.inputs = choose_inputs(data.store, settings)
+        whole = data.statistics
+        self.statistics = None if whole is None else self.inputs.statistics_of(data.inputs, whole)
+        torch.manual_seed(candidate.seed)
         self.device = choose_device(settings.device)
-        self.network = new_network(store, settings, fusion).to(self.device)
+        self.network = new_network(data.store, self.inputs, settings, candidate.fusion).to(self.device)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )
         self.epoch, self.best_epoch, self.best_value = 0, 0, -math.inf
         self.best: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
+        self._losses: list[float] = []
+        self.seconds = 0.0
+        """What the steps of this epoch took."""
 
-    def run_epoch(self, epoch: int, measure: Measure) -> dict[str, float]:
-        """Train one epoch, measure it on validation, and keep the weights if they are the best so far."""
+    @property
+    def is_over(self) -> bool:
+        """Whether all epochs are trained, or none of the last ones was better."""
+        return self.epoch >= self.settings.epochs or self.epoch - self.best_epoch > self.settings.patience
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the weights, their gradients, Adam's two moments and the best weights."""
+        return sum(5 * p.numel() * p.element_size() for p in self.network.parameters())
+
+    def learn(self, maps: FeatureMaps, targets: Tensor, step: int, steps: int) -> None:
+        """Take one step of an epoch.
+
+        Args:
+            maps: What `data` reads of a batch.
+            targets: Of the same tiles.
+            step: Which one of the epoch …
+            steps: … of so many.
+        """
         began = time.monotonic()
-        loss = self._train_epoch(epoch)
-        metrics = measure(self.store, predict(self.network, self.val, self.settings, self.statistics))
+        self.network.train()
+        torch.manual_seed((self.candidate.seed * 100_003 + self.epoch) * 1_000_003 + step)  # dropout
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.epoch + step / steps, self.settings)
+        targets = targets.to(self.device)
+        logits, _ = self.network(self.inputs.maps_of(self.data.inputs, maps), mask_size(targets))
+        value = loss(logits, targets, self.store.attributes.ignore_value)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        self.optimizer.step()
+        self._losses.append(value.item())
+        self.seconds += time.monotonic() - began
+
+    def predict(self, maps: FeatureMaps, targets: Tensor) -> Prediction:
+        """Predict some tiles, from what `data` reads of them."""
+        began = time.monotonic()
+        self.network.eval()
+        found = predict_batch(self.network, self.inputs.maps_of(self.data.inputs, maps), targets)
+        self.seconds += time.monotonic() - began
+        return found
+
+    def close_epoch(self, metrics: dict[str, float], shared_seconds: float) -> None:
+        """End an epoch with its metrics on val; keep the weights if they are the best so far."""
         task = str(self.store.attributes.task)
         value = metrics[MAIN_METRIC[task]]
         if not math.isfinite(value):
             lacking = "tile with a class" if task == "multilabel" else "labelled pixel"
             raise RunError(f"{self.store.path}: split 'val' holds no {lacking} to choose an epoch by")
-        self.epoch = epoch + 1
+        self.epoch += 1
         if value > self.best_value:
             self.best_value, self.best_epoch = value, self.epoch
             self.best = copy.deepcopy(self.network.state_dict())
-        seconds = round(time.monotonic() - began, 3)
-        self.history.append({"epoch": self.epoch, "train_loss": loss, "val": metrics, "seconds": seconds})
-        return metrics
-
-    def _train_epoch(self, epoch: int) -> float:
-        torch.manual_seed(self.seed * 100_003 + epoch)  # dropout
-        order = training_order(len(self.train.rows), self.settings.batch_size, [self.seed, epoch])
-        batches = -(-len(order) // self.settings.batch_size)
-        self.network.train()
-        losses = []
-        for index, (maps, targets, _) in enumerate(
-            self.train.batches(order, self.settings.batch_size, self.statistics)
-        ):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(epoch + index / batches, self.settings)
-            loss = self._loss(maps, targets)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            losses.append(loss.item())
-        return float(np.mean(losses))
-
-    def _loss(self, maps: FeatureMaps, targets: Tensor | None) -> Tensor:
-        if targets is None:
-            raise SettingsError(f"{self.store.path}: holds no targets to fit to")
-        targets = targets.to(self.device)
-        logits, _ = self.network(maps, mask_size(targets))
-        return loss(logits, targets, self.store.attributes.ignore_value)
+        row = {"epoch": self.epoch, "train_loss": float(np.mean(self._losses)), "val": metrics}
+        self.history.append(row | {"seconds": round(self.seconds + shared_seconds, 3)})
+        self._losses, self.seconds = [], 0.0
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs."""
@@ -239,16 +159,49 @@ class Training:
 
     def describe(self) -> dict[str, Any]:
         """The run's run.json."""
-        described = describe_run(self.store, self.settings, self.fusion, self.seed, self.network, self.best)
-        return described | {
+        one = self.candidate
+        facts = describe_run(
+            self.store, self.inputs, one.settings, one.fusion, one.seed, self.network, self.best
+        )
+        return facts | self.progress()
+
+    def progress(self) -> dict[str, Any]:
+        """How far it is; a part of run.json."""
+        return {
             "history": self.history,
             "best_epoch": self.best_epoch,
             "seconds": round(sum(row["seconds"] for row in self.history), 3),
         }
 
 
+def run_epoch(trainings: Sequence[Training], new_scorer: NewScorer) -> None:
+    """Train one epoch of each on the same batches, and measure them on validation.
+
+    Args:
+        trainings: Of the same data, seed and batch size, with as many epochs behind them.
+        new_scorer: Measures predictions.
+    """
+    began = time.monotonic()
+    first = trainings[0]
+    data, size = first.data, first.settings.batch_size
+    order = training_order(len(data.train.rows), size, [first.candidate.seed, first.epoch])
+    steps = -(-len(order) // size)
+    for step, (maps, targets) in enumerate(data.train.labelled_batches(order, size, data.statistics)):
+        for training in trainings:
+            training.learn(maps, targets, step, steps)
+    scorers = [new_scorer(data.store) for _ in trainings]
+    for maps, targets in data.val.labelled_batches(np.arange(len(data.val.rows)), size, data.statistics):
+        for training, scorer in zip(trainings, scorers, strict=True):
+            scorer.add(*training.predict(maps, targets))
+    own = sum(training.seconds for training in trainings)
+    shared = (time.monotonic() - began - own) / len(trainings)
+    for training, scorer in zip(trainings, scorers, strict=True):
+        training.close_epoch(scorer.metrics(), shared)
+
+
 def describe_run(
     store: FeatureStore,
+    inputs: Inputs,
     settings: FitSettings,
     fusion: FusionName,
     seed: int | None,
@@ -261,6 +214,7 @@ def describe_run(
 
     Args:
         store: What the run is for.
+        inputs: What the network sees of it.
         settings: Of the training.
         fusion: Which fusion module.
         seed: Of the training; None where it is not known.
@@ -268,8 +222,8 @@ def describe_run(
         state: Its weights that are kept.
     """
     a = store.attributes
-    projection, norm_groups = choose_widths(channels_by_stride(store), settings)
-    head = HEADS[a.task] if a.task else None
+    projection, norm_groups = choose_widths(inputs.channels, settings)
+    head = choose_head(a.task, settings) if a.task else None
     partition = store.choose_partition(settings.partition)
     return {
         "format_version": 1,
@@ -281,8 +235,10 @@ def describe_run(
         "partition": partition,
         "classes": a.classes,
         "ignore_value": a.ignore_value,
-        "timesteps": a.timesteps,
-        "layers": [layer.model_dump() for layer in a.layers],
+        "timesteps": inputs.timesteps,
+        "layers": [layer.model_dump() for layer in inputs.layers],
+        "feature_identity": a.feature_identity,
+        "pixel_size_m": typical_pixel_size(store),
         "store": {"path": str(store.path), "hashes": store.hashes().model_dump()},
         "fit": settings.model_dump(mode="json"),
         "resolved": {
@@ -294,19 +250,15 @@ def describe_run(
             "device": str(choose_device(settings.device)),
         },
         "parameters": sum(p.numel() for p in network.parameters()),
-        "weights": mixing_weights(store, state) if fusion == "global" else None,
+        "weights": mixing_weights(inputs, state) if fusion == "global" else None,
     }
 
 
-def mixing_weights(store: FeatureStore, state: Mapping[str, Tensor]) -> dict[str, Any]:
+def mixing_weights(inputs: Inputs, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Learned weights of the global fusion, (T, L) with layers from fine to coarse."""
-    layers = sorted(store.attributes.layers, key=lambda layer: layer.stride)
+    layers = [layer.name for held in inputs.by_stride.values() for layer in held]
     weights = state["fusion.mixing_weights"].softmax(0).view(-1, len(layers))
-    return {
-        "timesteps": store.attributes.timesteps,
-        "layers": [layer.name for layer in layers],
-        "values": weights.tolist(),
-    }
+    return {"timesteps": inputs.timesteps, "layers": layers, "values": weights.tolist()}
 
 
 def loss(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
@@ -335,22 +287,30 @@ def training_order(tiles: int, batch_size: int, seed: list[int]) -> NDArray[np.i
 
 
 def new_network(
-    store: FeatureStore, settings: FitSettings, fusion: FusionName, variant: Variant = OURS
+    store: FeatureStore, inputs: Inputs, settings: FitSettings, fusion: FusionName, variant: Variant = OURS
 ) -> Network:
-    """Build the network for a store's layers, timesteps and classes."""
+    """Build the network for what it sees of a store, and its classes."""
     a = store.attributes
     if a.task is None:
         raise SettingsError(f"{store.path}: holds no targets to fit to")
     return build_network(
-        fusion, channels_by_stride(store), len(a.timesteps), len(a.classes), a.task, settings, variant
+        fusion, inputs.channels, len(inputs.timesteps), len(a.classes), a.task, settings, variant
     )
 
 
-def load_network(run: Run, store: FeatureStore) -> tuple[Network, Statistics | None, FitSettings]:
-    """Rebuild a run's network with its weights, in evaluation mode."""
-    settings = FitSettings.model_validate(run.info["fit"])
-    variant = Variant(**run.info.get("variant", {}))  # of a run that was imported
-    network = new_network(store, settings, run.info["fusion"], variant)
+def run_inputs(run: Run, store: FeatureStore) -> Inputs:
+    """What a run's network sees of a store."""
+    return named_inputs(store, run.info["timesteps"], [layer["name"] for layer in run.info["layers"]])
+
+
+def load_network(run: Run) -> tuple[Network, Statistics | None, FitSettings]:
+    """Rebuild a run's network with its weights, in evaluation mode; no store is needed."""
+    info = run.info
+    settings = FitSettings.model_validate({k: v for k, v in info["fit"].items() if k not in OF_A_SWEEP})
+    variant = Variant(**info.get("variant", {}))  # of a run that was imported
+    channels = whole_inputs(info["timesteps"], run.layers).channels
+    steps, classes = len(info["timesteps"]), len(info["classes"])
+    network = build_network(info["fusion"], channels, steps, classes, info["task"], settings, variant)
     state, statistics = load_weights(run)
     network.load_state_dict(state)
     # not the device of the fit: a run made on a GPU is used on machines without one
@@ -367,16 +327,19 @@ def learning_rate(epoch: float, settings: FitSettings) -> float:
     return final + (settings.lr - final) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
-@torch.no_grad()
 def predict(
     network: Network, loader: MapLoader, settings: FitSettings, statistics: Statistics | None
 ) -> Iterator[Prediction]:
     """Yield the probabilities and targets of all of a loader's tiles, in their order."""
     network.eval()
     order = np.arange(len(loader.rows))
-    for maps, targets, _ in loader.batches(order, settings.batch_size, statistics):
-        if targets is None:
-            raise SettingsError(f"{loader.store.path}: holds no targets to compare with")
-        logits, _ = network(maps, mask_size(targets))
-        probabilities = logits.sigmoid() if targets.shape == logits.shape else logits.softmax(1)
-        yield probabilities.cpu().numpy(), targets.numpy()
+    for maps, targets in loader.labelled_batches(order, settings.batch_size, statistics):
+        yield predict_batch(network, maps, targets)
+
+
+@torch.no_grad()
+def predict_batch(network: Network, maps: FeatureMaps, targets: Tensor) -> Prediction:
+    """The probabilities of some tiles, beside their targets."""
+    logits, _ = network(maps, mask_size(targets))
+    probabilities = logits.sigmoid() if targets.shape == logits.shape else logits.softmax(1)
+    return probabilities.cpu().numpy(), targets.numpy()

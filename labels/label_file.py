@@ -235,7 +235,7 @@ class RasterLabels:
 def explain_miss(
     file: LabelFile, tally: Tally, places: Sequence[Georeference | None], size: tuple[int, int]
 ) -> str:
-    """Say why no tile got a label.
+    """Say why a file labelled nothing.
 
     Args:
         file: The labels.
@@ -243,7 +243,7 @@ def explain_miss(
         places: Where these lie.
         size: (H, W) px of each.
     """
-    told = f"{file.path}: no tile gets a label: "
+    told = f"{file.path}: labels nothing here: "
     placed = [place for place in places if place is not None]
     if not placed:
         return told + "the tiles have no place on the ground; their labels can only come with the images"
@@ -257,7 +257,7 @@ def explain_miss(
     bounds = np.array([place.bounds(*size) for place in placed if place.crs == crs])
     seen = show((*bounds[:, :2].min(axis=0).tolist(), *bounds[:, 2:].max(axis=0).tolist()))
     return told + (
-        f"{file.where()}, the tiles in {crs} at {seen} (left, bottom, right, top); name the labels of "
-        "these tiles, "
-        "or correct their CRS"
+        f"{file.where()}, what it should label in {crs} at {seen} (left, bottom, right, top); name the "
+        "labels "
+        "of this place, or correct their CRS"
     )

@@ -169,8 +169,7 @@ def _parse(path: Path, raw: NDArray[Any], refuse_invalid: bool) -> tuple[Geometr
 
 
 def _polygonal(geometry: Any) -> Any:
-    """The polygons of a repaired geometry, without the lines and points that are left where it had no "
-    "width."""
+    """The polygons of a repaired geometry, without lines and points that are left where it had no width."""
     parts = _simple_parts(np.array([geometry]))[0]
     return shapely.multipolygons(parts[shapely.get_type_id(parts) == POLYGON])
 

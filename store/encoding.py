@@ -7,12 +7,13 @@ store with one multiplication and at most one addition: no private codec.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numcodecs import BitRound
+from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
@@ -23,7 +24,7 @@ from satdifuser.store.shard_file import BLOSC_LEVEL
 Floats = NDArray[np.float32]
 INT8_MAX = 127
 INT4_STEPS = 15
-KEPT_BITS = 5  # of the ten mantissa bits of float16, by `rounded`
+MANTISSA_BITS, KEPT_BITS = 10, 5  # of float16; by `rounded`
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def decode_formula(encoding: Encoding) -> str:
     return text
 
 
-def encode(maps: Floats, encoding: Encoding, pool: int = 1) -> dict[str, NDArray[np.generic]]:
-    """Encode feature maps and pool them.
+def encode(maps: Any, encoding: Encoding, pool: int = 1) -> dict[str, Any]:
+    """Encode feature maps and pool them; the same bits whether the maps are a numpy array or a torch tensor.
 
     Args:
         maps: (..., C, H, W) float32, finite and of at most the form's `largest` magnitude.
@@ -73,36 +74,64 @@ def encode(maps: Floats, encoding: Encoding, pool: int = 1) -> dict[str, NDArray
 
     Returns:
         ``values`` as the form says; ``pooled`` (..., C) float32, the exact means of the unencoded maps;
-        ``scale`` and ``offset`` (..., C) float32 where the form has them.
+        ``scale`` and ``offset`` (..., C) float32 where the form has them. All of the maps' kind, on their
+        device.
     """
-    pooled = maps.mean(axis=(-2, -1), dtype=np.float64).astype(np.float32)
-    arrays = _quantise(average_windows(maps, pool), encoding)
-    return {"pooled": pooled} | arrays
+    return {"pooled": spatial_means(maps)} | _quantise(average_windows(maps, pool), encoding)
 
 
-def _quantise(maps: Floats, encoding: Encoding) -> dict[str, NDArray[np.generic]]:
+def _quantise(maps: Any, encoding: Encoding) -> dict[str, Any]:
+    xp = array_namespace(maps)
     if encoding in ("int8", "reduced"):
-        scale = np.abs(maps).max(axis=(-2, -1)) / np.float32(INT8_MAX)
-        codes = np.rint(maps / _safe(scale)).clip(-INT8_MAX, INT8_MAX)
-        return {"values": codes.astype(np.int8), "scale": scale}
+        scale = xp.max(xp.abs(maps), axis=(-2, -1)) / INT8_MAX
+        codes = xp.clip(xp.round(maps / _safe(scale)), -INT8_MAX, INT8_MAX)
+        return {"values": xp.astype(codes, xp.int8), "scale": scale}
     if encoding == "int4":
-        low = maps.min(axis=(-2, -1))
-        scale = (maps.max(axis=(-2, -1)) - low) / np.float32(INT4_STEPS)
-        codes = np.rint((maps - low[..., None, None]) / _safe(scale)).clip(0, INT4_STEPS)
-        return {"values": pack_pairs(codes.astype(np.uint8)), "scale": scale, "offset": low}
-    values: NDArray[Any] = maps.astype(FORMS[encoding].dtype)
-    if encoding == "rounded":
-        values = BitRound(keepbits=KEPT_BITS).encode(values).view(np.float16).reshape(maps.shape)
-    return {"values": values}
+        low = xp.min(maps, axis=(-2, -1))
+        scale = (xp.max(maps, axis=(-2, -1)) - low) / INT4_STEPS
+        codes = xp.clip(xp.round((maps - low[..., None, None]) / _safe(scale)), 0, INT4_STEPS)
+        return {"values": pack_pairs(xp.astype(codes, xp.uint8)), "scale": scale, "offset": low}
+    values = xp.astype(maps, getattr(xp, FORMS[encoding].dtype))
+    return {"values": _rounded(values) if encoding == "rounded" else values}
 
 
-def _safe(scale: Floats) -> Floats:
+def _safe(scale: Any) -> Any:
     """Scales (..., C) to divide maps by: 1 where a map is constant."""
-    step: Floats = np.where(scale > 0, scale, np.float32(1))[..., None, None]
-    return step
+    xp = array_namespace(scale)
+    return xp.where(scale > 0, scale, xp.ones_like(scale))[..., None, None]
 
 
-def average_windows(maps: Floats, side: int) -> Floats:
+def _rounded(values: Any) -> Any:
+    """Round float16 to KEPT_BITS bits of mantissa, half to even, as numcodecs' BitRound does."""
+    xp = array_namespace(values)
+    dropped = MANTISSA_BITS - KEPT_BITS
+    bits = values.view(xp.int16)
+    bits = bits + ((bits >> dropped) & 1) + (2 ** (dropped - 1) - 1)
+    return ((bits >> dropped) << dropped).view(xp.float16)
+
+
+def spatial_means(maps: Any) -> Any:
+    """Means over H and W, summed in float64 in an order of our own, as libraries and devices have others.
+
+    Args:
+        maps: (..., C, H, W) float32.
+
+    Returns:
+        (..., C) float32.
+    """
+    xp = array_namespace(maps)
+    pixels = math.prod(maps.shape[-2:])
+    sums = xp.reshape(maps, (*maps.shape[:-2], pixels))
+    while (count := sums.shape[-1]) > 1:  # fold the second half onto the first
+        half = count // 2
+        first, second = sums[..., :half], sums[..., half : 2 * half]
+        folded = xp.astype(first, xp.float64) + xp.astype(second, xp.float64)
+        odd = xp.astype(sums[..., 2 * half :], xp.float64)
+        sums = xp.concat([folded, odd], axis=-1) if count % 2 else folded
+    return xp.astype(xp.astype(sums[..., 0], xp.float64) / pixels, xp.float32)
+
+
+def average_windows(maps: Any, side: int) -> Any:
     """Average windows of (side, side) pixels; those at the far edges may be smaller.
 
     Args:
@@ -113,18 +142,23 @@ def average_windows(maps: Floats, side: int) -> Floats:
     """
     if side == 1:
         return maps
+    xp = array_namespace(maps)
     height, width = maps.shape[-2:]
-    rows, columns = np.arange(0, height, side), np.arange(0, width, side)
-    sums = np.add.reduceat(np.add.reduceat(maps, rows, axis=-2), columns, axis=-1)
-    counts = np.outer(np.diff([*rows, height]), np.diff([*columns, width]))
-    return np.asarray(sums / counts, np.float32)
+    shape = *maps.shape[:-2], -(-height // side) * side, -(-width // side) * side
+    whole = xp.zeros(shape, dtype=maps.dtype, device=device(maps))
+    whole[..., :height, :width] = maps
+    sums = sum(whole[..., y::side, x::side] for y in range(side) for x in range(side))
+    rows, columns = (np.minimum(side, n - np.arange(0, n, side)) for n in (height, width))
+    counts = xp.asarray(np.outer(rows, columns), dtype=maps.dtype, device=device(maps))
+    return sums / counts
 
 
-def pack_pairs(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def pack_pairs(codes: Any) -> Any:
     """Put neighbours along x into one byte: (..., W) of 0 to 15 to (..., ceil(W / 2)) uint8."""
+    xp = array_namespace(codes)
     if codes.shape[-1] % 2:
-        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    return np.asarray(codes[..., 0::2] | codes[..., 1::2] << 4, np.uint8)
+        codes = xp.concat([codes, xp.zeros_like(codes[..., :1])], axis=-1)
+    return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
 def unpack_pairs(packed: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:

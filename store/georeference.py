@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from satdifuser.errors import ImageError, SatDiFuserError
+
+OPENING = Lock()  # warnings are silenced for the whole process, so by one thread at a time
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,11 @@ def open_raster(path: Path) -> Iterator[Any]:
     try:
         if not path.is_file():
             raise FileNotFoundError("no such file")
-        with warnings.catch_warnings():
+        with OPENING, warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as dataset:
-                yield dataset
+            dataset = rasterio.open(path)
+        with dataset:
+            yield dataset
     except SatDiFuserError:
         raise
     except (OSError, ValueError, RasterioError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,13 @@ def random_row(number: int) -> TileRow:
         target=None if number == 0 else np.array(number % 2, np.int32),
         preview=np.full((16, 16, 3), number % 256, np.uint8),
     )
+
+
+def random_mask_row(number: int) -> TileRow:
+    """The same with a mask of two classes."""
+    row = random_row(number)
+    mask = np.random.default_rng(number).integers(0, 2, (16, 16)).astype(np.uint8)
+    return row if row.skip_reason else replace(row, target=mask)
 
 
 def random_features(number: int, layers: list[LayerInfo], encoding: Encoding) -> Encoded:

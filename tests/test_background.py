@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler
 from made_up import tiny_unet, tiny_vae
 from safetensors.torch import save_file
 
-import satdifuser.extract.run as run
+import satdifuser.extract.compute as compute
 import satdifuser.store.files as store_files
 from satdifuser.errors import FeatureError, StoreError
 from satdifuser.extract.background import Background
@@ -36,7 +36,7 @@ WRITE_SHARD = StoreWriter.write_shard
 
 def our_threads() -> list[str]:
     names = [thread.name for thread in threading.enumerate()]
-    return [name for name in names if name.startswith(("encode", "write"))]
+    return [name for name in names if name.startswith(("encode", "write", "read"))]
 
 
 # --- the thread alone
@@ -184,16 +184,16 @@ def test_a_full_disk_stops_at_the_next_batch(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, batches = tmp_path / "s.zarr", []
-    compute = run._compute_batch
+    launch = compute.launch_images
     under_way, failed = threading.Event(), threading.Event()
 
-    def count(work: Any, tiles: Sequence[Any]) -> Any:
+    def count(work: Any, tiles: Sequence[Any], *rest: Any) -> Any:
         if len(batches) == 4:  # of shard 2, while shard 1 is being written
             under_way.set()
             assert failed.wait(10)
             time.sleep(0.1)
         batches.append(len(tiles))
-        return compute(work, tiles)
+        return launch(work, tiles, *rest)
 
     def full(self: StoreWriter, shard: int, *rest: Any) -> int:
         if shard != 1:
@@ -206,7 +206,7 @@ def test_a_full_disk_stops_at_the_next_batch(
             finally:
                 failed.set()
 
-    monkeypatch.setattr(run, "_compute_batch", count)
+    monkeypatch.setattr(compute, "launch_images", count)
     monkeypatch.setattr(StoreWriter, "write_shard", full)
     with pytest.raises(
         StoreError, match=r"s\.zarr: shard 1: the disk is full; committed shards are kept: free"
@@ -223,16 +223,15 @@ def test_a_full_disk_stops_at_the_next_batch(
 def test_a_value_that_cannot_be_encoded_is_refused_with_its_tile(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute, calls = run._compute_batch, []
+    send, calls = compute._send, []
 
-    def spoil(work: Any, tiles: Sequence[Any]) -> Any:
-        maps = compute(work, tiles)
+    def spoil(work: Any, latents: Any, maps: Any, *rest: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:  # the last batch of shard 1: its write would come first to meet the error
-            maps[1][0][:] = np.nan
-        return maps
+            maps[0][:] = np.nan
+        return send(work, latents, maps, *rest)
 
-    monkeypatch.setattr(run, "_compute_batch", spoil)
+    monkeypatch.setattr(compute, "_send", spoil)
     with pytest.raises(FeatureError, match=r"tile .*, layer up_blocks.* magnitude nan, expected a finite"):
         extract(make_job(folder), tmp_path / "s.zarr")
     assert open_store(tmp_path / "s.zarr").missing_shards() == [1, 2, 3]
@@ -242,15 +241,15 @@ def test_a_value_that_cannot_be_encoded_is_refused_with_its_tile(
 def test_an_interruption_keeps_the_shard_being_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute, calls = run._compute_batch, []
+    launch, calls = compute.launch_images, []
 
-    def interrupt(work: Any, tiles: Sequence[Any]) -> Any:
+    def interrupt(*words: Any) -> Any:
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return compute(work, tiles)
+        return launch(*words)
 
-    monkeypatch.setattr(run, "_compute_batch", interrupt)
+    monkeypatch.setattr(compute, "launch_images", interrupt)
     monkeypatch.setattr(StoreWriter, "write_shard", slow_write)
     with pytest.raises(KeyboardInterrupt):
         extract(make_job(folder), tmp_path / "s.zarr")
@@ -264,17 +263,21 @@ def test_no_more_than_two_shards_are_held(
     """The disk is slower than the backbone; each encoded batch is counted for as long as it lives."""
     alive: list[int] = []
     counts: list[int] = []
-    encode_batch = run.encode_batch
+    send = compute._send
 
     def watch(*words: Any) -> Any:
-        encoded = encode_batch(*words)
-        values = next(iter(encoded.values()))["values"]
-        alive.append(1)
-        weakref.finalize(values, alive.pop)
-        counts.append(len(alive))
-        return encoded
+        finish = send(*words)
 
-    monkeypatch.setattr(run, "encode_batch", watch)
+        def watched() -> Any:
+            found = finish()
+            alive.append(1)
+            weakref.finalize(next(iter(found.encoded.values()))["values"], alive.pop)
+            counts.append(len(alive))
+            return found
+
+        return watched
+
+    monkeypatch.setattr(compute, "_send", watch)
     monkeypatch.setattr(StoreWriter, "write_shard", slow_write)
     extract(make_job(folder), tmp_path / "s.zarr")
     assert len(counts) == 7

@@ -14,7 +14,13 @@ from made_up import store_attributes
 from numpy.typing import NDArray
 
 from satdifuser.errors import RunError
-from satdifuser.evaluate.baselines import NAMES, STRENGTHS, choose_on_val, fit_baselines
+from satdifuser.evaluate.baselines import (
+    NAMES,
+    STRENGTHS,
+    choose_on_val,
+    evaluate_baseline,
+    fit_baselines,
+)
 from satdifuser.evaluate.evaluation import is_evaluated
 from satdifuser.evaluate.probe_predictions import predict_masks
 from satdifuser.evaluate.probes import LinearProbes, fit_probes
@@ -140,6 +146,9 @@ def test_baselines_never_see_test(task: str, tmp_path: Path) -> None:
     for seed in (0, 1):
         store = make_store(tmp_path / f"{seed}.zarr", task, seed)
         runs = fit_baselines(store, QUICK, tmp_path / f"runs-{seed}", overwrite=False)
+        assert all(run.metrics["test_reads"] == 0 for run in runs)
+        for run in runs:
+            evaluate_baseline(run, store, QUICK)
         assert [run.info["fusion"] for run in runs] == list(NAMES)
         found.append(runs)
     for first, second in zip(*found, strict=True):
@@ -200,22 +209,37 @@ def test_masks_predicted_at_each_layers_own_size_equal_those_of_enlarged_feature
     np.testing.assert_array_equal(targets, mask_store.targets(rows))
 
 
-def test_baselines_are_kept_until_they_would_be_measured_otherwise(
-    store: FeatureStore, tmp_path: Path
-) -> None:
+def test_baselines_are_kept_until_another_seed_is_asked_for(store: FeatureStore, tmp_path: Path) -> None:
     def written() -> list[int]:
         return [(tmp_path / f"baseline-{name}/metrics.json").stat().st_mtime_ns for name in NAMES]
 
     runs = fit_baselines(store, QUICK, tmp_path, overwrite=False)
-    first = written()
-    assert all(is_evaluated(open_run(run.path), store, QUICK) for run in runs)
+    first, on_val = written(), QUICK.model_copy(update={"split": "val"})
+    assert all(is_evaluated(open_run(run.path), store, on_val) for run in runs)
     sections = yaml.safe_load((runs[0].path / "settings.yaml").read_text())
-    assert sections == {"source": {"kind": "synthetic"}, "evaluate": QUICK.model_dump(mode="json")}
+    assert sections == {"source": {"kind": "synthetic"}, "evaluate": on_val.model_dump(mode="json")}
     kept = fit_baselines(store, QUICK, tmp_path, overwrite=False)
     assert [run.info for run in kept] == [open_run(run.path).info for run in runs]
     assert written() == first
-    other = fit_baselines(store, QUICK.model_copy(update={"split": "train"}), tmp_path, overwrite=False)
+    fit_baselines(store, QUICK.model_copy(update={"seed": 1}), tmp_path, overwrite=False)
     assert all(new != old for new, old in zip(written(), first, strict=True))
-    metrics = other[0].metrics
-    assert (metrics["evaluate"]["split"], metrics["test_reads"]) == ("train", 1)
-    assert "test" not in metrics
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "segmentation"])
+def test_a_baseline_that_is_fitted_again_is_the_same(task: str, tmp_path: Path) -> None:
+    """Its weights are not kept, only what it chose on val: val tells that the same model is measured."""
+    store = make_store(tmp_path / "s.zarr", task)
+    for run in fit_baselines(store, QUICK, tmp_path / "runs", overwrite=False):
+        before = {name: value for name, value in run.metrics["val"].items() if name != "interval"}
+        (run.path / "metrics.json").unlink()  # so that val is measured, not remembered
+        metrics = evaluate_baseline(open_run(run.path), store, QUICK)
+        assert metrics["val"] == before
+        assert metrics["test_reads"] == 1
+        assert "interval" in metrics["test"]
+
+
+def test_a_baseline_is_not_measured_on_another_store(store: FeatureStore, tmp_path: Path) -> None:
+    run = fit_baselines(store, QUICK, tmp_path / "runs", overwrite=False)[0]
+    other = make_store(tmp_path / "other.zarr", "segmentation")
+    with pytest.raises(RunError, match=r"baseline-colour: was fitted on another store than .*other\.zarr"):
+        evaluate_baseline(run, other, QUICK)

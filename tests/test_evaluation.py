@@ -24,15 +24,15 @@ from satdifuser.evaluate.evaluation import (
     ensure_evaluated,
     evaluate_run,
     format_metrics,
-    measure,
+    new_outcome,
     spread_positions,
 )
 from satdifuser.evaluate.results import format_table, results_table
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse.data import MapLoader
+from satdifuser.fuse.fit import fit
 from satdifuser.fuse.run_folder import Run, open_run
 from satdifuser.fuse.settings import FitSettings
-from satdifuser.fuse.train import fit
 from satdifuser.pipeline import Pipeline, fit_all, validate_settings
 from satdifuser.store.encoding import encode
 from satdifuser.store.reader import FeatureStore
@@ -97,7 +97,7 @@ def mask_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
 
 @pytest.fixture
 def run(store: FeatureStore, tmp_path: Path) -> Run:
-    return fit(store, FIT, "global", 0, tmp_path / "run", measure)
+    return fit(store, FIT, "global", 0, tmp_path / "run", new_outcome)
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_a_run_that_was_trained_anew_is_measured_again(
 ) -> None:
     """As after an --overwrite that was interrupted between training and measuring."""
     ensure_evaluated(run, store, QUICK)
-    other = fit(store, FIT.model_copy(update={"lr": 0.5}), "global", 0, run.path, measure, overwrite=True)
+    other = fit(store, FIT.model_copy(update={"lr": 0.5}), "global", 0, run.path, new_outcome, overwrite=True)
     ensure_evaluated(other, store, QUICK)
     assert len(measured) == 2
 
@@ -209,7 +209,7 @@ def test_a_damaged_count_of_test_reads_is_told_before_test_is_read(
     file.write_text(damage)
     message = (
         rf"{file}: is damaged: .+; delete it, which starts its count of test reads anew, and measure the run "
-        rf"again: `satdifuser evaluate {run.path}`, for a baseline `satdifuser fit`"
+        rf"again: `satdifuser evaluate {run.path}`"
     )
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "predict", lambda *_: pytest.fail("the test split was read"))
@@ -222,16 +222,31 @@ def test_a_damaged_count_of_test_reads_is_told_before_test_is_read(
     assert evaluate_run(run.path, None, QUICK)["test_reads"] == 1
 
 
-def test_fit_all_measures_again_what_other_settings_measured(store: FeatureStore, tmp_path: Path) -> None:
-    def asking(**evaluate: Any) -> Pipeline:
-        fit_section = FIT.model_dump() | {"fusion": ["global"]}
-        return validate_settings({"fit": fit_section, "evaluate": evaluate}, "test")
+def asking(fusion: Sequence[str] = ("global",), baselines: bool = False, **evaluate: Any) -> Pipeline:
+    fit_section = FIT.model_dump() | {"fusion": list(fusion)}
+    sections = {"fit": fit_section, "evaluate": {"bootstrap": 10, "baselines": baselines} | evaluate}
+    return validate_settings(sections, "test")
 
-    (path,) = fit_all(store, asking(bootstrap=10, baselines=False), tmp_path)
+
+def test_fit_all_measures_on_val_and_leaves_test_unread(store: FeatureStore, tmp_path: Path) -> None:
+    folders = fit_all(store, asking(baselines=True), tmp_path)
+    assert len(folders) == 4
+    for folder in folders:
+        metrics = open_run(folder).metrics
+        assert (metrics["evaluate"]["split"], metrics["test_reads"]) == ("val", 0)
+        assert "test" not in metrics
+        assert "accuracy" in metrics["val"]["interval"]
+        assert set(pd.read_parquet(folder / "predictions.parquet")["split"]) == {"val"}
+
+
+def test_fit_all_keeps_what_was_measured_on_test(store: FeatureStore, tmp_path: Path) -> None:
+    (path,) = fit_all(store, asking(), tmp_path)
     weights = (path / "model.safetensors").stat().st_mtime_ns
-    fit_all(store, asking(bootstrap=10, baselines=False, split="val"), tmp_path)
-    metrics = open_run(path).metrics
-    assert (metrics["evaluate"]["split"], metrics["test_reads"]) == ("val", 1)
+    before = open_run(path).metrics["val"]
+    metrics = evaluate_run(path, None, QUICK)
+    assert metrics["val"] == before
+    assert fit_all(store, asking(), tmp_path) == [path]
+    assert open_run(path).metrics == metrics
     assert (path / "model.safetensors").stat().st_mtime_ns == weights
 
 
@@ -248,7 +263,7 @@ def test_features_are_read_once_for_all_fusions_and_seeds(
 
 def test_a_run_folder_holds_its_resolved_settings(store: FeatureStore, tmp_path: Path) -> None:
     automatic = FitSettings(epochs=1, warmup_epochs=0)
-    run = fit(store, automatic, "global", 0, tmp_path / "run", measure)
+    run = fit(store, automatic, "global", 0, tmp_path / "run", new_outcome)
     assert open_run(run.path).info["resolved"] == {
         "task": "classification",
         "partition": "default",
@@ -259,22 +274,34 @@ def test_a_run_folder_holds_its_resolved_settings(store: FeatureStore, tmp_path:
     }
     assert run.info["resolved"]["device"] in ("cpu", "cuda")
     sections = yaml.safe_load((run.path / "settings.yaml").read_text())
-    assert sections == {"fit": automatic.model_dump(mode="json"), **store.attributes.settings}
+    own = {"fusion": ["global"], "seeds": [0], **automatic.model_dump(mode="json")}
+    assert sections == {"fit": own, **store.attributes.settings}
     evaluate_run(run.path, None, QUICK)
     measured = yaml.safe_load((run.path / "settings.yaml").read_text())
     assert measured == sections | {"evaluate": QUICK.model_dump(mode="json")}
 
 
+class Undefined(Outcome):
+    """Metrics of nothing."""
+
+    def metrics(self) -> dict[str, float]:
+        return dict.fromkeys(super().metrics(), float("nan"))
+
+
+def undefined(store: FeatureStore) -> Undefined:
+    return Undefined(str(store.attributes.task), len(store.attributes.classes), 255)
+
+
 def test_a_val_split_without_labels_is_refused(store: FeatureStore, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="split 'val' holds no labelled pixel to choose an epoch by"):
-        fit(store, FIT, "global", 0, tmp_path / "run", lambda _, __: {"accuracy": float("nan")})
+        fit(store, FIT, "global", 0, tmp_path / "run", undefined)
 
 
 def test_several_classes_per_tile_are_learned_and_measured(tmp_path: Path) -> None:
     """The features' first channel tells all classes; tiles without labels are left out everywhere."""
     store = make_store(tmp_path / "s.zarr", "multilabel")
     longer = FIT.model_copy(update={"epochs": 30, "lr": 0.02, "patience": 30})
-    run = fit(store, longer, "global", 0, tmp_path / "run", measure)
+    run = fit(store, longer, "global", 0, tmp_path / "run", new_outcome)
     metrics = evaluate_run(run.path, None, QUICK)
     scores = [epoch["val"]["f1_micro"] for epoch in run.info["history"]]
     assert scores[run.info["best_epoch"] - 1] == max(scores) == metrics["val"]["f1_micro"]
@@ -292,11 +319,13 @@ def test_several_classes_per_tile_are_learned_and_measured(tmp_path: Path) -> No
 def test_a_val_split_without_any_class_is_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", "multilabel")
     with pytest.raises(RunError, match="split 'val' holds no tile with a class to choose an epoch by"):
-        fit(store, FIT, "global", 0, tmp_path / "run", lambda _, __: {"f1_micro": float("nan")})
+        fit(store, FIT, "global", 0, tmp_path / "run", undefined)
 
 
 def test_masks_are_kept_of_tiles_spread_over_the_split(mask_store: FeatureStore, tmp_path: Path) -> None:
-    run = fit(mask_store, FIT.model_copy(update={"batch_size": 5}), "global", 0, tmp_path / "run", measure)
+    run = fit(
+        mask_store, FIT.model_copy(update={"batch_size": 5}), "global", 0, tmp_path / "run", new_outcome
+    )
     evaluate_run(run.path, None, QUICK)
     with np.load(run.path / "masks.npz") as saved:
         ids, target, predicted = (saved[name] for name in ("tile_id", "target", "predicted"))
@@ -351,7 +380,7 @@ def test_a_store_of_other_features_is_refused(run: Run, tmp_path: Path) -> None:
     assert not (run.path / "metrics.json").exists()
 
 
-def test_a_baseline_is_not_measured_by_itself(run: Run) -> None:
+def test_what_is_no_fitted_network_is_refused(run: Run) -> None:
     (run.path / "run.json").write_text(json.dumps(run.info | {"kind": "baseline"}))
-    with pytest.raises(RunError, match="a baseline is measured when it is made; run `satdifuser fit` again"):
+    with pytest.raises(RunError, match="is no fitted network but a baseline"):
         evaluate_run(run.path, None, QUICK)

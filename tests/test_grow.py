@@ -125,15 +125,15 @@ def test_a_growth_goes_on_where_it_was_cut_off(
 ) -> None:
     before, calls = make("a.zarr"), []
     digest, words = before.content_digest(), ("extract", "-o", before.path, "--add-timesteps", "61")
-    compute = grow_shards.compute_maps
+    launch = grow_shards.launch_latents
 
     def interrupt(*rest: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return compute(*rest)
+        return launch(*rest)
 
-    monkeypatch.setattr(grow_shards, "compute_maps", interrupt)
+    monkeypatch.setattr(grow_shards, "launch_latents", interrupt)
     result = call(*words)
     assert (result.exit_code, open_store(before.path).content_digest()) == (130, digest)
     other = refuse("extract", "-o", before.path, "--add-timesteps", "301")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from satdifuser.errors import SettingsError
 from satdifuser.fuse.fusion import FeatureMaps, GlobalFusion, LocalizedFusion, MoEFusion
-from satdifuser.fuse.heads import LinearHead, UPerNetHead
+from satdifuser.fuse.heads import LinearHead, UPerNetHead, resize_to_finest
 from satdifuser.fuse.network import Network, build_network
-from satdifuser.fuse.settings import FitSettings
+from satdifuser.fuse.settings import FitSettings, SweepSettings
 
 CHANNELS = {8: [6, 16], 16: [12, 16, 5]}
 SIZES = [(12, 16), (6, 8), (3, 4), (2, 2)]
@@ -135,14 +135,22 @@ def test_a_seed_fixes_the_initial_network() -> None:
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
-@pytest.mark.parametrize(
-    ("task", "head", "fitting"),
-    [("segmentation", "linear", "upernet"), ("classification", "upernet", "linear")],
-)
-def test_a_head_that_does_not_fit_the_task_is_refused(task: Any, head: Any, fitting: str) -> None:
-    message = f"head is {head}, but {task} needs {fitting}: set head to {fitting} or auto"
+@pytest.mark.parametrize("task", ["classification", "multilabel"])
+def test_a_head_that_does_not_fit_the_task_is_refused(task: Any) -> None:
+    message = f"head is upernet, but {task} needs linear: set head to linear or auto"
     with pytest.raises(SettingsError, match=message):
-        build_network("global", CHANNELS, 3, 4, task, FitSettings(head=head))
+        build_network("global", CHANNELS, 3, 4, task, FitSettings(head="upernet"))
+
+
+def test_the_linear_head_of_masks_is_the_same_layer_at_every_pixel() -> None:
+    network = build_network("global", {8: [3], 16: [4]}, 1, 5, "segmentation", FitSettings(head="linear"))
+    maps = {8: [torch.randn(2, 1, 3, 4, 4)], 16: [torch.randn(2, 1, 4, 2, 2)]}
+    logits, _ = network(maps, (16, 16))
+    assert logits.shape == (2, 5, 16, 16)
+    fused, _ = network.fusion(maps)
+    summed = resize_to_finest(fused)[0] + resize_to_finest(fused)[1]
+    by_hand = summed[0, :, 1, 3] @ network.head.conv_seg.weight[:, :, 0, 0].T + network.head.conv_seg.bias
+    torch.testing.assert_close(network(maps)[0][0, :, 1, 3], by_hand)
 
 
 def test_norm_groups_that_do_not_fit_the_automatic_projection_are_refused() -> None:
@@ -156,6 +164,9 @@ def test_norm_groups_that_do_not_fit_the_automatic_projection_are_refused() -> N
     [
         ({"fusion": ["moe", "moe"]}, "name each value once, got moe twice or more"),
         ({"seeds": [1, 2, 1]}, "name each value once, got 1 twice or more"),
+        ({"lr": [0.1, 0.1]}, "name each value once, got 0.1 twice or more"),
+        ({"timesteps": [[21], [61], [21]]}, r"name each value once, got \[21\] twice or more"),
+        ({"layers": []}, "at least 1 item"),
         ({"experts": 4, "top_k": 5}, "top_k is 5, but must be 1 to 4, the number of experts"),
         ({"projection": 90}, "projection is 90, but must be a multiple of 4, such as 96 or 384"),
         ({"projection": 96, "norm_groups": 16}, "choose one of 1, 2, 3, 4, 6, 8, 12, 24"),
@@ -163,7 +174,7 @@ def test_norm_groups_that_do_not_fit_the_automatic_projection_are_refused() -> N
 )
 def test_bad_settings_are_refused_before_anything_runs(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        FitSettings(**values)
+        SweepSettings(**values)
 
 
 # Parity with arrays recorded from the authors' released code.

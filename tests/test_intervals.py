@@ -116,7 +116,8 @@ def test_paired_difference_changes_sign_with_the_order() -> None:
     assert there["difference"] == pytest.approx(-back["difference"])
     assert there["interval"] == pytest.approx([-back["interval"][1], -back["interval"][0]])
     same = paired_difference(runs[0], runs[0], 30, resamples=100)["miou"]
-    assert same == {"difference": 0, "interval": [0, 0]}
+    assert same == {"difference": 0, "interval": [0, 0], "ahead": 0.5}
+    assert there["ahead"] == pytest.approx(1 - back["ahead"])
 
 
 def test_undefined_draws_are_left_out() -> None:

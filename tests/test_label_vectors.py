@@ -230,10 +230,13 @@ def test_a_miss_is_explained(tmp_path: Path) -> None:
     labels.mask(PLACE.shifted(16, 16), (8, 8), tally)
     told = explain_miss(labels, tally, [PLACE.shifted(16, 16), None], (8, 8))
     assert (
-        "a.gpkg: no tile gets a label: in its own EPSG:32632 it lies at (500006, 4990990, 509010, 4999994)"
+        "a.gpkg: labels nothing here: in its own EPSG:32632 it lies at (500006, 4990990, 509010, 4999994)"
         in told
     )
-    assert "the tiles in EPSG:32632 at (500160, 4999760, 500240, 4999840) (left, bottom, right, top)" in told
+    assert (
+        "what it should label in EPSG:32632 at (500160, 4999760, 500240, 4999840) (left, bottom, right, top)"
+        in told
+    )
     labels.mask(PLACE, (8, 8), tally)
     told = explain_miss(labels, tally, [PLACE], (8, 8))
     assert (

@@ -20,12 +20,13 @@ from satdifuser.extract.noising import (
     check_timesteps,
     inversion_grid,
     invert_step,
+    noise_level,
     resolve_timesteps,
     split_prediction,
     tile_noise,
 )
 
-ALPHA = torch.tensor(0.7, dtype=torch.float64)
+LEVEL = noise_level(torch.tensor([0.7], dtype=torch.float64), 0)
 
 
 def draw(seed: int) -> torch.Tensor:
@@ -74,17 +75,17 @@ def test_unreachable_timesteps(timesteps: list[int], noising: str, steps: int, m
 
 def test_both_predictions_split_into_the_same_parts() -> None:
     x0, epsilon = draw(0), draw(1)
-    x = add_noise(x0, epsilon, ALPHA)
-    velocity = ALPHA.sqrt().float() * epsilon - (1 - ALPHA).sqrt().float() * x0
+    x = add_noise(x0, epsilon, LEVEL)
+    velocity = LEVEL.signal * epsilon - LEVEL.noise * x0
     for output, kind in ((epsilon, "epsilon"), (velocity, "v_prediction")):
         torch.testing.assert_close(
-            split_prediction(output, x, ALPHA, kind), (x0, epsilon), atol=1e-5, rtol=1e-5
+            split_prediction(output, x, LEVEL, kind), (x0, epsilon), atol=1e-5, rtol=1e-5
         )
 
 
 def test_unknown_prediction_type() -> None:
     with pytest.raises(BackboneError, match="prediction_type is 'sample', expected epsilon or v_prediction"):
-        split_prediction(draw(0), draw(1), ALPHA, "sample")
+        split_prediction(draw(0), draw(1), LEVEL, "sample")
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -92,10 +93,10 @@ def test_inversion_step_is_undone_by_a_ddim_step(kind: str) -> None:
     scheduler = DDIMScheduler(steps_offset=1, prediction_type=kind, clip_sample=False)
     scheduler.set_timesteps(50)
     x0, epsilon = draw(0), draw(1)
-    low, high = (scheduler.alphas_cumprod[t].double() for t in (141, 161))
+    low, high = (noise_level(scheduler.alphas_cumprod.double(), t) for t in (141, 161))
     x = add_noise(x0, epsilon, low)
-    down = high.sqrt().float() * epsilon - (1 - high).sqrt().float() * x0
-    low_output = low.sqrt().float() * epsilon - (1 - low).sqrt().float() * x0
+    down = high.signal * epsilon - high.noise * x0
+    low_output = low.signal * epsilon - low.noise * x0
     up = invert_step(x, epsilon if kind == "epsilon" else low_output, low, high, kind)
     back = scheduler.step(epsilon if kind == "epsilon" else down, 161, up).prev_sample
     torch.testing.assert_close(back, x, atol=1e-5, rtol=1e-5)
@@ -103,7 +104,7 @@ def test_inversion_step_is_undone_by_a_ddim_step(kind: str) -> None:
 
 def test_forward_marginal_equals_the_scheduler() -> None:
     scheduler = DDIMScheduler()
-    ours = add_noise(draw(0), draw(1), scheduler.alphas_cumprod[161].double())
+    ours = add_noise(draw(0), draw(1), noise_level(scheduler.alphas_cumprod.double(), 161))
     torch.testing.assert_close(ours, scheduler.add_noise(draw(0), draw(1), torch.tensor([161, 161])))
 
 

@@ -68,7 +68,8 @@ def test_wheel_holds_the_package_and_no_tests(wheel: Path) -> None:
     for name in (
         "pipeline.yaml",
         "py.typed",
-        "evaluate/report.html.jinja",
+        "evaluate/report/page.html.jinja",
+        "evaluate/report/page.css",
         "weights/embedded/unet/diffusion_pytorch_model.safetensors",
         "weights/embedded/vae/diffusion_pytorch_model.safetensors",
         "weights/embedded/scheduler/scheduler_config.json",

@@ -19,9 +19,10 @@ from made_up import diffusionsat
 from PIL import Image
 
 import satdifuser.extract.trial as trial
+from satdifuser.extract.compute import compute_shard
 from satdifuser.extract.job import Job
 from satdifuser.extract.plan import ENCODINGS, format_bytes, make_plan, with_margin
-from satdifuser.extract.run import compute_shard, load_work
+from satdifuser.extract.run import load_work
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, SyntheticSettings
 from satdifuser.store.reader import open_store
 from satdifuser.store.settings import StoreSettings
@@ -159,9 +160,9 @@ def test_the_trial_sends_real_tiles_and_writes_nothing(
 ) -> None:
     computed: list[int] = []
 
-    def count(work: Any, source: Any, records: Any, *rest: Any) -> Any:
-        computed.append(len(records))
-        return compute_shard(work, source, records, *rest)
+    def count(work: Any, tiles: Any, number: int, *rest: Any) -> Any:
+        computed.append(number)
+        return compute_shard(work, tiles, number, *rest)
 
     monkeypatch.setattr(trial, "compute_shard", count)
     words = ("plan", "-c", config, "-o", tmp_path / "s.zarr", "--set", f"source.tiles={tiles}")

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from made_up import run_record, store_attributes
 
 from satdifuser.cli import cli
-from satdifuser.evaluate.evaluation import measure
+from satdifuser.evaluate.evaluation import new_outcome
 from satdifuser.evaluate.published import (
     METRICS,
     PROTOCOL,
@@ -26,9 +26,9 @@ from satdifuser.evaluate.published import (
 from satdifuser.evaluate.report import score_cells
 from satdifuser.extract.geobench_datasets import SCALES
 from satdifuser.extract.noising import PRESETS
+from satdifuser.fuse.fit import fit
 from satdifuser.fuse.run_folder import Run, open_run
 from satdifuser.fuse.settings import FitSettings
-from satdifuser.fuse.train import fit
 from satdifuser.pipeline import load_pipeline
 from satdifuser.store.encoding import encode
 from satdifuser.store.reader import FeatureStore
@@ -204,7 +204,7 @@ def eurosat_run(tmp_path: Path) -> Path:
     writer = open_or_create(tmp_path / "s.zarr", attributes, overwrite=False)
     writer.write_shard(0, rows, [{"stride_04": encode(maps, "float32")}], {})
     quick = FitSettings(projection=8, norm_groups=1, epochs=1, warmup_epochs=0, device="cpu")
-    return fit(FeatureStore(tmp_path / "s.zarr"), quick, "global", 0, tmp_path / "run", measure).path
+    return fit(FeatureStore(tmp_path / "s.zarr"), quick, "global", 0, tmp_path / "run", new_outcome).path
 
 
 def evaluate(run: Path, *words: str) -> str:

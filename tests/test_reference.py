@@ -21,19 +21,21 @@ from torch import Tensor
 
 from satdifuser.cli import cli
 from satdifuser.errors import RunError, StoreError
-from satdifuser.evaluate.evaluation import evaluate_run, measure
+from satdifuser.evaluate.evaluation import evaluate_run, new_outcome
 from satdifuser.evaluate.results import RUN_FIELDS, results_table
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.extract.noising import inversion_grid
 from satdifuser.fuse.data import as_feature_maps
+from satdifuser.fuse.fit import fit
 from satdifuser.fuse.fusion import FeatureMaps, GlobalFusion, LocalizedFusion, MoEFusion
 from satdifuser.fuse.heads import LinearHead, UPerNetHead
+from satdifuser.fuse.inputs import named_inputs
 from satdifuser.fuse.network import Network
 from satdifuser.fuse.reference import export_reference, import_reference
 from satdifuser.fuse.reference_file import ReferenceConfig, read_checkpoint
 from satdifuser.fuse.run_folder import load_weights, open_run
 from satdifuser.fuse.settings import FitSettings
-from satdifuser.fuse.train import fit, load_network
+from satdifuser.fuse.train import load_network
 from satdifuser.store.encoding import encode
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import LayerInfo, group_layers
@@ -171,7 +173,8 @@ def save(checkpoint: Any, path: Path) -> Path:
 
 def all_maps(store: FeatureStore) -> FeatureMaps:
     maps = store.maps(np.arange(store.attributes.tiles))
-    return as_feature_maps(store, {g: torch.from_numpy(values) for g, values in maps.items()}, None)
+    layers, inputs = store.attributes.layers, named_inputs(store, None, ["*"])
+    return as_feature_maps(layers, {g: torch.from_numpy(v) for g, v in maps.items()}, None, inputs)
 
 
 def logits(network: Network, maps: FeatureMaps, size: tuple[int, int] | None = None) -> Tensor:
@@ -212,7 +215,7 @@ def test_a_checkpoint_becomes_a_run_that_evaluate_measures(
     assert set(metrics) >= {"val", "test"}
     size = (32, 32) if task == "segmentation" else None
     expected = logits(make_network(fuser, task), all_maps(store), size)
-    network, statistics, _ = load_network(open_run(out), store)
+    network, statistics, _ = load_network(open_run(out))
     assert statistics is None
     assert torch.equal(logits(network, all_maps(store), size), expected)
     if task == "classification":
@@ -274,7 +277,7 @@ def test_recorded_logits_of_the_released_code(case: str, shared: Path, tmp_path:
     config = {"task": task, "fuser": "gw"} | {k: v for k, v in arguments.items() if k != "feature_dims"}
     file = save({"config": config, "decoder_net": state}, tmp_path / "c.pth")
     run = import_reference(file, tmp_path / "run", store)
-    found = logits(load_network(run, store)[0], all_maps(store), tile_size if segments else None)
+    found = logits(load_network(run)[0], all_maps(store), tile_size if segments else None)
     golden = arrays["out/logits"]
     assert np.abs(found.numpy() - golden).max() <= 1e-4 * np.abs(golden).max()
 
@@ -293,7 +296,7 @@ def test_a_run_tells_where_it_came_from(store: FeatureStore, tmp_path: Path) -> 
     assert len(origin["sha256"]) == 64
     assert origin["notes"] == ["it names no classes: they are taken to be in the store's order"]
     with torch.no_grad():
-        network = load_network(run, store)[0]
+        network = load_network(run)[0]
     assert not network.fusion.warming_up().any()
 
 
@@ -322,7 +325,7 @@ def test_features_that_were_made_in_another_way_are_noted(tmp_path: Path) -> Non
 def test_an_imported_run_stands_beside_a_fitted_one(store: FeatureStore, tmp_path: Path) -> None:
     theirs = import_reference(save(make_checkpoint(), tmp_path / "c.pth"), tmp_path / "theirs", store)
     settings = FitSettings(projection=PROJECTION, norm_groups=32, epochs=1, device="cpu")
-    ours = fit(store, settings, "global", 0, tmp_path / "ours", measure)
+    ours = fit(store, settings, "global", 0, tmp_path / "ours", new_outcome)
     for run in (theirs, ours):
         evaluate_run(run.path, None, EvaluateSettings(bootstrap=5))
     table = results_table([theirs.path, ours.path])
@@ -345,8 +348,8 @@ def test_weights_of_our_own_run_load_under_the_released_names(
     fusion: Any, store: FeatureStore, tmp_path: Path
 ) -> None:
     settings = FitSettings(projection=16, norm_groups=4, epochs=1, warmup_steps=0, device="cpu")
-    run = fit(store, settings, fusion, 0, tmp_path / "run", measure)
-    network, _, _ = load_network(run, store)
+    run = fit(store, settings, fusion, 0, tmp_path / "run", new_outcome)
+    network, _, _ = load_network(run)
     parts = {"global": GlobalFusion, "localized": LocalizedFusion, "moe": MoEFusion}
     options = {"warmup_steps": 0} if fusion == "moe" else {}
     other = Network(parts[fusion](CHANNELS, 3, 16, 4, **options), LinearHead(16, 3)).eval()

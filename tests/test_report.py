@@ -250,6 +250,12 @@ def test_runs_of_other_labels_have_a_chapter_of_their_own(tmp_path: Path) -> Non
     assert re.search(r"roads\.\s+Chosen: b, ", page.words)
     assert "The chosen run: a" in page.words
     assert "The chosen run: b" in page.words
+    fake_run(tmp_path / "c", store={"path": "features.zarr", "hashes": hashes})
+    page = page_of([runs[0], tmp_path / "c"], tmp_path)
+    assert re.findall(r"<h2 id=\"c\d\">(.+)</h2>", page.source) == [
+        "features, labels l1",
+        "features, labels other",
+    ]
 
 
 def test_broken_runs_are_named(classification_runs: list[Path], tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ addEventListener("load", () => {
   for (const closed of document.querySelectorAll("details")) closed.open = true;
   const all = (query) => [...document.querySelectorAll(query)];
   const drawn = (element) => Math.min(element.clientWidth, element.clientHeight) > 10;
-  const table = document.querySelector('[aria-label="All runs as a table"] table');
+  const table = document.querySelector('[aria-label^="All runs as a table"] table');
   const heading = table.tHead.rows[0].cells[1];
   const column = () => [...table.tBodies[0].rows].map((row) => parseFloat(row.cells[1].textContent));
   const sorted = [];

@@ -143,7 +143,7 @@ def test_incomplete_runs_are_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"metrics.json, test, has no accuracy; .*`satdifuser evaluate`"):
         results_table([run])
     (run / "metrics.json").write_text(json.dumps({"val": {"accuracy": 1.0}}))
-    with pytest.raises(RunError, match=r"metrics.json has no evaluate; .*for a baseline `satdifuser fit`"):
+    with pytest.raises(RunError, match=r"metrics.json has no evaluate; measure the run again: `satdifuser"):
         results_table([run])
     (run / "run.json").write_text(json.dumps({"name": "x"}))
     with pytest.raises(RunError, match=r"run.json has no kind, task, fusion, head"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from numcodecs import BitRound
 from numpy.typing import NDArray
 
 from satdifuser.store.encoding import (
@@ -57,9 +59,30 @@ def test_decoded_values_stay_within_the_bound_of_their_encoding(
     assert set(arrays_) == {"values", "pooled", *FORMS[encoding].per_channel}
     assert arrays_["values"].dtype == FORMS[encoding].dtype
     assert (error <= bound(maps, encoding)).all()
-    np.testing.assert_array_equal(
-        arrays_["pooled"], maps.astype(np.float64).mean((-2, -1)).astype(np.float32)
-    )
+    means = maps.astype(np.float64).mean((-2, -1))
+    smallest = 1e-12 * np.abs(maps).max() + 1e-44
+    np.testing.assert_allclose(arrays_["pooled"].astype(np.float64), means, rtol=1e-7, atol=smallest)
+
+
+@given(MAPS, st.sampled_from(list(FORMS)), st.integers(1, 4))
+@settings(max_examples=300, deadline=None)
+def test_tensors_are_encoded_to_the_same_bits(
+    maps: NDArray[np.float32], encoding: Encoding, pool: int
+) -> None:
+    ours = encode(torch.from_numpy(maps), encoding, pool)
+    expected = encode(maps, encoding, pool)
+    assert set(ours) == set(expected)
+    for name, array in expected.items():
+        assert (ours[name].numpy().dtype, ours[name].numpy().tobytes()) == (array.dtype, array.tobytes()), (
+            name
+        )
+
+
+@given(arrays(np.float32, (2, 3, 5), elements=st.floats(-60000, 60000, width=32)))
+@settings(max_examples=50, deadline=None)
+def test_rounding_is_that_of_bitround(maps: NDArray[np.float32]) -> None:
+    expected = BitRound(keepbits=5).encode(maps.astype(np.float16)).view(np.float16).reshape(maps.shape)
+    np.testing.assert_array_equal(encode(maps, "rounded")["values"], expected)
 
 
 def bound(maps: NDArray[np.float32], encoding: Encoding) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ import argparse
 import csv
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from satdifuser.evaluate.baselines import STRENGTHS
-from satdifuser.evaluate.probes import LinearProbe
+from satdifuser.evaluate.probes import fit_probes
 from satdifuser.extract.backbone import find_backbone, load_backbone
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.layers import select_layers
@@ -48,18 +48,13 @@ class Labelled:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    train, val = (
-        read_split(args.images, split, args.train if split == "train" else 0) for split in ("train", "val")
-    )
+    train, val = read_split(args.images, "train", args.train), read_split(args.images, "val")
     for model in args.backbones:
         started = time.process_time()
         extractor = open_extractor(model, args.noising, train.images.shape[-2:])
-        scores = probe(lambda part: pool(extractor, part), train, val)
-        seconds = round(time.process_time() - started)
-        print(
-            json.dumps({"backbone": model, "noising": args.noising, **scores, "cpu_seconds": seconds}),
-            flush=True,
-        )
+        scores = probe(pool(extractor, train), train, pool(extractor, val), val)
+        spent = {"cpu_seconds": round(time.process_time() - started)}
+        print(json.dumps({"backbone": model, "noising": args.noising, **scores, **spent}), flush=True)
 
 
 def parse_args() -> argparse.Namespace:
@@ -110,9 +105,8 @@ def pool(extractor: FeatureExtractor, part: Labelled, batch: int = 32) -> Pooled
     return pooled
 
 
-def probe(features: Callable[[Labelled], Pooled], train: Labelled, val: Labelled) -> dict[str, object]:
+def probe(seen: Pooled, train: Labelled, held_out: Pooled, val: Labelled) -> dict[str, object]:
     """Val accuracy of the best single input and of all inputs side by side."""
-    seen, held_out = features(train), features(val)
     singles = {key: accuracy(seen[key], train.labels, held_out[key], val.labels) for key in seen}
     best = max(singles, key=lambda key: singles[key])
     everything = accuracy(join(seen), train.labels, join(held_out), val.labels)
@@ -133,9 +127,8 @@ def join(pooled: Pooled) -> Floats:
 
 def accuracy(x: Floats, y: NDArray[np.int64], x_val: Floats, y_val: NDArray[np.int64]) -> float:
     """Best val accuracy over the strengths."""
-    classes = int(y.max()) + 1
-    found = [LinearProbe(x, y, classes, c).probabilities(x_val).argmax(1) for c in STRENGTHS]
-    return float(max((labels == y_val).mean() for labels in found))
+    probes = fit_probes("logistic", x, y, int(y.max()) + 1, STRENGTHS)
+    return float((probes.probabilities(x_val).argmax(2) == y_val).mean(axis=1).max())
 
 
 if __name__ == "__main__":

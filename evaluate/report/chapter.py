@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -76,7 +75,15 @@ def make_chapters(fitted: Sequence[Run], swept: Sequence[Probe], request: Reques
         by_labels.setdefault(labels_of(run), ([], []))[0].append(run)
     for probe in swept:
         by_labels.setdefault(labels_of(probe), ([], []))[1].append(probe)
-    return [make_chapter(*members, request) for members in by_labels.values()]
+    plain = [title_of(members[0] or members[1]) for members in by_labels.values()]
+    titles = [  # the same store may have been labelled anew in between
+        f"{title}, labels {label[:8]}" if plain.count(title) > 1 else title
+        for title, label in zip(plain, by_labels, strict=True)
+    ]
+    return [
+        make_chapter(title, *members, request)
+        for title, members in zip(titles, by_labels.values(), strict=True)
+    ]
 
 
 def labels_of(source: Run | Probe) -> str:
@@ -84,7 +91,12 @@ def labels_of(source: Run | Probe) -> str:
     return str(source.info["store"]["hashes"]["labels"])
 
 
-def make_chapter(fitted: Sequence[Run], swept: Sequence[Probe], request: Request) -> Chapter:
+def title_of(sources: Sequence[Run] | Sequence[Probe]) -> str:
+    """The name of the store that runs or probes were fitted on, without its ending."""
+    return PurePosixPath(str(sources[0].info["store"]["path"])).stem
+
+
+def make_chapter(title: str, fitted: Sequence[Run], swept: Sequence[Probe], request: Request) -> Chapter:
     """The chapter of runs and probes that saw the same labels."""
     sections, answer = [], ""
     if fitted:
@@ -101,8 +113,6 @@ def make_chapter(fitted: Sequence[Run], swept: Sequence[Probe], request: Request
     sections.append(Section("What layers see", painted_layers(fitted, swept, request)))
     if fitted:
         sections += tiles_and_origin(groups, request)
-    record = (fitted or swept)[0].info["store"]
-    title = PurePosixPath(str(record["path"])).stem
     return Chapter(title, answer, [s for s in sections if s.figures], facts_of(fitted, swept, request))
 
 
@@ -143,9 +153,9 @@ def attempt(title: str, make: Callable[[], Sequence[Figure]]) -> Figures:
 
 def painted_layers(fitted: Sequence[Run], swept: Sequence[Probe], request: Request) -> Figures:
     """Some layers in false colours: those asked for, or of each stride the one that tells most."""
-    source = (*swept, *fitted)[0]
+    info = (swept or fitted)[0].info
     try:
-        store = request.stores.of(source.info["store"])
+        store = request.stores.of(info["store"])
     except SatDiFuserError as error:
         return [Missing("Layers in false colours", str(error))]
     if request.layers:
@@ -153,7 +163,7 @@ def painted_layers(fitted: Sequence[Run], swept: Sequence[Probe], request: Reque
         inputs = [(timestep, name) for name in names for timestep in store.attributes.timesteps]
     else:
         inputs = features.telling_inputs(store, scores(fitted, swept, store))
-    partition = str(source.info.get("partition", store.attributes.partition))
+    partition = str(info.get("partition", store.attributes.partition))
     return attempt(
         "Layers in false colours",
         lambda: [features.pca_figure(store, partition, inputs, request.command)],
@@ -191,7 +201,7 @@ def preview_of(run: Run, request: Request) -> tiles.Preview:
         store = request.stores.of(run.info["store"])
     except SatDiFuserError:
         return lambda tile_id: None
-    rows = {str(name): int(row) for row, name in store.tiles.tile_id.items()}
+    rows = dict(zip(store.tiles.tile_id.astype(str), store.tiles.index, strict=True))
 
     def picture(tile_id: str) -> NDArray[np.uint8] | None:
         held = store.attributes.previews and tile_id in rows
@@ -223,9 +233,9 @@ def origin_figure(fitted: Sequence[Run], command: str) -> Figure:
 
 def facts_of(fitted: Sequence[Run], swept: Sequence[Probe], request: Request) -> dict[str, str]:
     """What the store of the first run or probe holds, or why that cannot be told."""
-    source: Any = (*fitted, *swept)[0]
+    info = (fitted or swept)[0].info
     try:
-        store = request.stores.of(source.info["store"])
-        return stores.facts(store, str(source.info.get("partition", store.attributes.partition)))
+        store = request.stores.of(info["store"])
+        return stores.facts(store, str(info.get("partition", store.attributes.partition)))
     except SatDiFuserError as error:
         return {"store": f"not at hand: {error}"}

@@ -58,7 +58,7 @@ def exact_picture(rgb: NDArray[np.uint8], alt: str, label: str = "") -> Picture:
 
 def small(rgb: NDArray[np.uint8]) -> bool:
     """Whether a picture is enlarged on the page."""
-    return max(rgb.shape[:2]) < SHARP_BELOW_PX
+    return bool(max(rgb.shape[:2]) < SHARP_BELOW_PX)
 
 
 def check_picture(rgb: NDArray[np.uint8]) -> None:
@@ -147,7 +147,8 @@ def glow_over(rgb: NDArray[np.uint8], shares: NDArray[np.floating[Any]]) -> NDAr
     columns = np.arange(width) * shares.shape[1] // width
     strength = GLOW_SHARE * shares[rows][:, columns, None]
     grey = rgb.mean(axis=2, keepdims=True)
-    return (grey * (1 - strength) + GLOW * strength).astype(np.uint8)
+    mixed: NDArray[np.uint8] = (grey * (1 - strength) + GLOW * strength).astype(np.uint8)
+    return mixed
 
 
 def shade(share: float) -> tuple[str, str]:

@@ -8,7 +8,7 @@ Letters: B tiles, C channels, H and W pixels of a map.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,7 @@ def pca_colours(maps: NDArray[np.floating[Any]]) -> tuple[NDArray[np.uint8], NDA
     return (255 * colours).round().astype(np.uint8).reshape(batch, height, width, 3), shares
 
 
-def telling_inputs(store: FeatureStore, scores: dict[Input, float]) -> list[Input]:
+def telling_inputs(store: FeatureStore, scores: Mapping[Input, float]) -> list[Input]:
     """The timestep and layer of each stride with the highest score, or else its last layer at mid noise.
 
     Args:

@@ -22,7 +22,7 @@ from satdifuser.evaluate.report.runs import command_of
 from satdifuser.evaluate.report.stores import preview, sample_rows
 from satdifuser.fuse.data import MapLoader
 from satdifuser.fuse.run_folder import Run
-from satdifuser.fuse.train import load_network
+from satdifuser.fuse.train import load_network, run_inputs
 from satdifuser.store.reader import FeatureStore, Indices
 
 SAMPLED_TILES, SHOWN_TILES, SHOWN_GATES, TILES_AT_ONCE = 32, 3, 3, 8
@@ -85,8 +85,8 @@ def inner_weights(run: Run, store: FeatureStore, rows: Indices) -> list[Floats]:
         RunError: the store does not hold the run's features, or its weights are damaged.
     """
     check_features(run, store)
-    network, statistics, settings = load_network(run, store)
-    loader = MapLoader(store, rows, settings, next(network.parameters()).device)
+    network, statistics, settings = load_network(run)
+    loader = MapLoader(store, rows, settings, next(network.parameters()).device, run_inputs(run, store))
     with torch.no_grad():
         parts = [
             network.fusion(maps)[1]

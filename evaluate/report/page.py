@@ -11,11 +11,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from satdifuser.evaluate.chosen import choose_runs
 from satdifuser.evaluate.report.chapter import Request, make_chapters
 from satdifuser.evaluate.report.probes import PROBE_FILE, open_probe
 from satdifuser.evaluate.report.stores import Stores
 from satdifuser.evaluate.results import open_measured
-from satdifuser.fuse.run_folder import RUN_FILE, find_runs
+from satdifuser.fuse.run_folder import RUN_FILE
 from satdifuser.store.files import write_durably
 from satdifuser.store.location import Location
 
@@ -66,6 +67,8 @@ def write_report(
 def find_reported(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """Run folders and probe folders among these folders and directly in them, each once.
 
+    Of the runs in a folder those that are best on val; see `satdifuser.evaluate.chosen`.
+
     Raises:
         RunError: a folder is neither, and holds none.
     """
@@ -74,6 +77,6 @@ def find_reported(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     for path in paths:
         swept = [folder for folder in (path, *sorted(path.glob("*"))) if (folder / PROBE_FILE).is_file()]
         if not swept or any(path.glob(f"*/{RUN_FILE}")):
-            runs += find_runs([path])
+            runs += choose_runs([path])
         probes += swept
     return list(dict.fromkeys(runs)), list(dict.fromkeys(probes))

@@ -76,7 +76,7 @@ def probe_figures(probe: Probe) -> list[Figure]:
 
 def with_main_metric(table: pd.DataFrame) -> pd.DataFrame:
     """Only the rows of the metric that choices are made by: the table's first."""
-    return table[table["metric"] == table["metric"].iloc[0]]
+    return pd.DataFrame(table[table["metric"] == table["metric"].iloc[0]])
 
 
 def best_strengths(table: pd.DataFrame) -> pd.DataFrame:
@@ -88,12 +88,10 @@ def best_strengths(table: pd.DataFrame) -> pd.DataFrame:
 def sweep_map(rows: pd.DataFrame, kind: str, probe: Probe) -> Figure:
     """Figure on val of each layer and timestep, with concatenations at the edges; mean over the draws."""
     layers = [*fine_to_coarse(rows), ALL_LAYERS]
-    timesteps = [*sorted(int(t) for t in rows["timestep"].dropna().unique()), ALL_TIMESTEPS]
-    values = np.full((len(layers), len(timesteps)), np.nan)
-    for (_, timestep, layer), here in rows.groupby(INPUTS, dropna=False):
-        row = layers.index(ALL_LAYERS if pd.isna(layer) else layer)
-        column = timesteps.index(ALL_TIMESTEPS if pd.isna(timestep) else int(timestep))
-        values[row, column] = here["value"].mean()
+    timesteps = [*(str(t) for t in sorted(rows["timestep"].dropna().astype(int).unique())), ALL_TIMESTEPS]
+    named = rows.assign(layer=rows["layer"].fillna(ALL_LAYERS), timestep=rows["timestep"].map(timestep_name))
+    means = named.pivot_table("value", "layer", "timestep", "mean")
+    values = means.reindex(index=layers, columns=timesteps).to_numpy(np.float64)
     peak = np.unravel_index(np.nanargmax(values), values.shape)
     metric, labels = rows["metric"].iloc[0], rows["labels"].iloc[0]
     return Figure(
@@ -101,7 +99,7 @@ def sweep_map(rows: pd.DataFrame, kind: str, probe: Probe) -> Figure:
         heat_map(
             values,
             layers,
-            [str(t) for t in timesteps],
+            timesteps,
             "layer ↓ timestep →",
             "{:.3f}".format,
             chosen=(int(peak[0]), int(peak[1])),
@@ -114,6 +112,11 @@ def sweep_map(rows: pd.DataFrame, kind: str, probe: Probe) -> Figure:
         rows.drop(columns=["low", "high"]),
         str(probe.path / TABLE_FILE),
     )
+
+
+def timestep_name(timestep: float) -> str:
+    """A timestep in words; NaN stands for all of them."""
+    return ALL_TIMESTEPS if math.isnan(timestep) else str(int(timestep))
 
 
 def fine_to_coarse(rows: pd.DataFrame) -> list[str]:
@@ -186,8 +189,8 @@ def choices_figure(choices: pd.DataFrame, probe: Probe) -> Figure:
 def choice_in_words(rows: pd.DataFrame) -> str:
     """The inputs chosen in all draws, or the most frequent ones."""
     words = [
-        f"t {ALL_TIMESTEPS if pd.isna(t) else int(t)}, {ALL_LAYERS if pd.isna(layer) else short_name(layer)}"
-        for t, layer in zip(rows["timestep"], rows["layer"], strict=True)
+        f"t {timestep_name(t)}, {short_name(layer)}"
+        for t, layer in zip(rows["timestep"], rows["layer"].fillna(ALL_LAYERS), strict=True)
     ]
     first = max(words, key=words.count)
     same = words.count(first)

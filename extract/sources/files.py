@@ -35,7 +35,7 @@ DATE_TAGS = (
     *("acquisitiondate", "acquisitiondatetime", "datetime", "product_start_time", "date_acquired"),
     "tifftag_datetime",
 )
-CLOUD_TAGS = ("cloudcover", "cloud_cover", "cloud_coverage_assessment", "eo:cloud_cover")  # in percent
+CLOUD_TAGS = ("cloudcover", "cloud_cover", "cloud_coverage_assessment")  # in percent
 
 Pixels = tuple[NDArray[np.generic], NDArray[np.bool_]]  # image (B, H, W) as stored, valid (H, W)
 
@@ -131,7 +131,7 @@ def count_valid(path: Path, windows: Sequence[Window], nodata: float | None = No
         return [int(valid_pixels(dataset, window, nodata).sum()) for window in windows]
 
 
-@lru_cache(maxsize=2)  # an image and its mask: consecutive tiles are cut from the same two
+@lru_cache(maxsize=8)  # an image and its mask for each thread: consecutive tiles are cut from the same two
 def decode(path: Path, modified_ns: int) -> Pixels:
     """Decode a whole JPEG or PNG; the time of change keeps the cache honest."""
     with Image.open(path) as image:

@@ -54,6 +54,7 @@ class FolderSource:
         self.task: Task | None = "classification" if self.indices else None
         self.ignore_value = IGNORE
         self.left_out = 0
+        self.thread_safe = True
 
     def records(self) -> list[TileRecord]:
         """List one tile per image, in the order of the splits file or of the paths.

@@ -50,6 +50,7 @@ class GeobenchSource:
         self.classes = names
         self.ignore_value = IGNORE
         self.left_out = 0
+        self.thread_safe = True
         self.partitions = read_partitions(self.folder)
         self.names = list(dict.fromkeys(name for splits in self.partitions.values() for name in splits))
         self.chosen = self.choose_partition()

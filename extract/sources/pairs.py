@@ -60,6 +60,7 @@ class PairsSource:
         self.task: Task | None = "segmentation"
         self.ignore_value = IGNORE
         self.left_out = 0
+        self.thread_safe = True
 
     def records(self) -> list[TileRecord]:
         """List all tiles, line by line of the splits file and row by row of each image's grid.

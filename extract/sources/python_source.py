@@ -64,6 +64,7 @@ class PythonSource:
         self.places = find_places(settings.target, self.datasets)
         self.ignore_value = IGNORE
         self.left_out = 0
+        self.thread_safe = False
         with offering_skip(settings):
             first = self.first_sample()
             self.task: Task | None = first.task

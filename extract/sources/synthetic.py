@@ -33,6 +33,7 @@ class SyntheticSource:
         self.classes = KINDS if settings.task == "classification" else COVERS
         self.ignore_value = IGNORE
         self.left_out = 0
+        self.thread_safe = True
         self.splits = splits_of_shares(settings.split)
 
     def records(self) -> list[TileRecord]:

@@ -65,6 +65,7 @@ class Source(Protocol):
     ignore_value: int  # value of `Tile.mask` that counts for nothing
     left_out: int  # candidate tiles left out for too little valid data
     splits: tuple[Split, ...]  # splits that were asked for, so each must hold a tile
+    thread_safe: bool  # whether several threads may read at once
 
     def records(self) -> Sequence[TileRecord]:
         """List all tiles in a stable order, reading no pixels beyond validity masks."""

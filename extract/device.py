@@ -1,0 +1,137 @@
+"""Where the backbone runs: which device, in what arithmetic, and how data travel there and back.
+
+A GPU works through a queue; whoever looks at a value waits for it. So data go out from page-locked memory
+without waiting, results come back on a queue of their own, and only the thread that needs them waits.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from satdifuser.errors import SettingsError
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+def resolve_device(device: str) -> torch.device:
+    """Choose the device: ``auto`` is a GPU where there is one.
+
+    Raises:
+        SettingsError: the device is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(
+            f"backbone.device: {device!r} is not available here: {error}; use auto or cpu"
+        ) from error
+    return chosen
+
+
+def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse bfloat16 on a GPU that only emulates it, slower than float32.
+
+    Raises:
+        SettingsError: naming the GPU and what it can do.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise SettingsError(
+            f"backbone.dtype: bfloat16, but {device_name(device)} does not compute it; use float16 (with "
+            "backbone.overflow: widen where a layer overflows) or float32"
+        )
+
+
+def fix_arithmetic(threads: int) -> None:
+    """Let equal inputs give equal bits in every process: so many threads, no choice of algorithms by speed.
+
+    float32 stays float32: TF32, with 10 bits of mantissa, is switched off.
+    """
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU or of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Send a tensor from the CPU to a device, without waiting for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Fetcher:
+    """Brings tensors of a device to the CPU beside its work.
+
+    Args:
+        device: Where they are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._queue = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fetch(self, tensors: Mapping[str, Tensor]) -> Callable[[], Arrays]:
+        """Begin to copy tensors; what is returned waits for them and yields arrays."""
+        if self._queue is None:
+            return lambda: {name: tensor.numpy() for name, tensor in tensors.items()}
+        self._queue.wait_stream(torch.cuda.current_stream(self._queue.device))
+        copies = {}
+        with torch.cuda.stream(self._queue):
+            for name, tensor in tensors.items():
+                copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                copies[name].copy_(tensor, non_blocking=True)
+                tensor.record_stream(self._queue)  # its memory is not given away before
+            done = self._queue.record_event()
+
+        def wait() -> Arrays:
+            done.synchronize()
+            # page-locked memory is scarce: a shard does not wait for the disk in it
+            return {name: copy.numpy().copy() for name, copy in copies.items()}
+
+        return wait
+
+
+class Stopwatch:
+    """Seconds that a device works on something, begun when it is made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._began = self._now()
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> Callable[[], float]:
+        """End; what is returned tells the seconds once the device is done."""
+        ended = self._now()
+        if self._on_gpu:
+            return lambda: float(self._began.elapsed_time(ended)) / 1000
+        return lambda: float(ended - self._began)

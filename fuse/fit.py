@@ -1,0 +1,205 @@
+"""Fits networks to a store: candidates in, run folders out.
+
+Candidates of one seed read the store once: each batch is read and decoded, then every network takes its step.
+What was finished before is kept, what was interrupted goes on with its next epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from satdifuser.errors import RunError, SettingsError
+from satdifuser.fuse.data import TrainingData
+from satdifuser.fuse.grid import Candidate, sweep_section
+from satdifuser.fuse.inputs import choose_inputs, join_inputs
+from satdifuser.fuse.leaderboard import describe_first, standings, write_board
+from satdifuser.fuse.run_folder import (
+    CHECKPOINT_FILE,
+    RUN_FILE,
+    Run,
+    load_checkpoint,
+    open_run,
+    save_checkpoint,
+    save_run,
+)
+from satdifuser.fuse.settings import WHEREABOUTS, FitSettings, FusionName, TrainingSettings
+from satdifuser.fuse.train import NewScorer, Training, run_epoch
+from satdifuser.store.reader import FeatureStore
+from satdifuser.store.schema import differing_fields
+
+
+def fit(
+    store: FeatureStore,
+    settings: FitSettings,
+    fusion: FusionName,
+    seed: int,
+    out: Path,
+    new_scorer: NewScorer,
+    overwrite: bool = False,
+) -> Run:
+    """Train one fusion with one seed, or go on with a training that was interrupted.
+
+    Args:
+        store: A complete store with targets and the splits train and val.
+        settings: Of the training.
+        fusion: Which fusion module.
+        seed: Of initial weights, batch order and dropout.
+        out: The run's folder; a finished run of the same settings is returned as it is.
+        new_scorer: Measures the predictions of a split.
+        overwrite: Train anew whatever is at `out`.
+
+    Raises:
+        StoreError: shards are missing, or a split is empty.
+        RunError: another run is at `out`, or there is nothing to learn from.
+        SettingsError: the store has no targets or not those, or not the partition, timesteps or layers, that
+            the settings ask for.
+    """
+    candidate = Candidate(out.name, fusion, seed, settings)
+    (run,) = fit_candidates(store, [candidate], out.parent, new_scorer, overwrite)
+    return run
+
+
+def fit_candidates(
+    store: FeatureStore,
+    candidates: Sequence[Candidate],
+    folder: Path,
+    new_scorer: NewScorer,
+    overwrite: bool = False,
+    board: Path | None = None,
+) -> list[Run]:
+    """Train candidates that share their `TrainingSettings`, each into its folder; see `fit`.
+
+    Args:
+        store: A complete store with targets and the splits train and val.
+        candidates: What to train.
+        folder: Holds their folders.
+        new_scorer: Measures the predictions of a split.
+        overwrite: Train anew whatever is there.
+        board: A CSV file that shows after every epoch how all stand on val.
+
+    Returns:
+        Their runs, in the same order.
+    """
+    check_task(store, candidates[0].settings)
+    done: dict[str, Run] = {}
+    for one in candidates:
+        found = None if overwrite else _finished(folder / one.name, run_identity(store, one))
+        done |= {one.name: found} if found else {}
+    left = [one for one in candidates if one.name not in done]
+    with tqdm(total=_epochs(left), desc="fit", unit="epoch", disable=None) as bar:
+        for trainings in _rounds(store, left, folder, overwrite):
+            bar.update(sum(training.epoch for training in trainings))
+            for advanced in _train(store, trainings, folder, new_scorer):
+                rows = standings(candidates, done, trainings)
+                bar.set_postfix_str(describe_first(rows))
+                bar.update(advanced)
+                if board:
+                    write_board(board, rows)
+            done |= {one.candidate.name: _finish(folder, one) for one in trainings}
+    if board:
+        write_board(board, standings(candidates, done, []))
+    return [done[one.name] for one in candidates]
+
+
+def _epochs(candidates: Sequence[Candidate]) -> int:
+    return sum(one.settings.epochs for one in candidates)
+
+
+def _rounds(
+    store: FeatureStore, candidates: Sequence[Candidate], folder: Path, overwrite: bool
+) -> Iterator[list[Training]]:
+    """Trainings that share their batches, as many at a time as `networks_gb` holds."""
+    if not candidates:
+        return
+    common = candidates[0].settings
+    inputs = join_inputs(store, [choose_inputs(store, one.settings) for one in candidates])
+    data = TrainingData(store, common, inputs)
+    for _, same in groupby(sorted(candidates, key=_batches), key=_batches):
+        waiting: list[Training] = []
+        for one in same:
+            training = Training(data, one)
+            training.restore(None if overwrite else _unfinished(folder / one.name, run_identity(store, one)))
+            if waiting and sum(t.bytes for t in [*waiting, training]) > common.networks_gb * 1e9:
+                yield waiting
+                waiting = []
+            waiting.append(training)
+        yield waiting
+
+
+def _batches(candidate: Candidate) -> int:
+    """What decides which tiles a training sees when."""
+    return candidate.seed
+
+
+def _train(
+    store: FeatureStore, trainings: Sequence[Training], folder: Path, new_scorer: NewScorer
+) -> Iterator[int]:
+    """Train all to their end; yields after every epoch how many took part."""
+    for epoch in range(max(training.settings.epochs for training in trainings)):
+        active = [training for training in trainings if training.epoch == epoch and not training.is_over]
+        if active:
+            run_epoch(active, new_scorer)
+            for training in active:
+                out = folder / training.candidate.name
+                out.mkdir(parents=True, exist_ok=True)
+                save_checkpoint(out, training.state() | {"identity": run_identity(store, training.candidate)})
+            yield len(active)
+
+
+def _finish(folder: Path, training: Training) -> Run:
+    """Write the run of a training that is over."""
+    one, store = training.candidate, training.store
+    out = folder / one.name
+    info = training.describe() | {"name": one.name, "identity": run_identity(store, one)}
+    sections = {"fit": sweep_section(one)} | store.attributes.settings
+    run = save_run(out, info, sections, training.best, training.statistics)
+    (out / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return run
+
+
+def check_task(store: FeatureStore, settings: TrainingSettings) -> None:
+    """Refuse a store without the targets that the settings ask for."""
+    task = store.attributes.task
+    if task is None:
+        raise SettingsError(f"{store.path}: holds no targets to fit to; extract from a source with labels")
+    if settings.task not in ("auto", task):
+        raise SettingsError(f"fit.task: got {settings.task}, but {store.path} holds targets for {task}")
+
+
+def run_identity(store: FeatureStore, candidate: Candidate) -> dict[str, Any]:
+    """What a run must share with another to be the same one."""
+    inputs = choose_inputs(store, candidate.settings)
+    shaping = candidate.settings.model_dump(mode="json", exclude=set(WHEREABOUTS))
+    shaping["partition"] = store.choose_partition(candidate.settings.partition)
+    shaping |= {"timesteps": inputs.timesteps, "layers": [layer.name for layer in inputs.layers]}
+    hashes = store.hashes().model_dump()
+    return {"fusion": candidate.fusion, "seed": candidate.seed, "settings": shaping, "store": hashes}
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> Run | None:
+    if not (out / RUN_FILE).is_file():
+        return None
+    run = open_run(out)
+    _check_same(out, identity, run.info.get("identity", {}))
+    return run
+
+
+def _unfinished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    state = load_checkpoint(out)
+    if state is not None:
+        _check_same(out, identity, state["identity"])
+    return state
+
+
+def _check_same(out: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    if ours != theirs:
+        fields = [line.replace("store has", "run has") for line in differing_fields(ours, theirs)]
+        raise RunError(
+            f"{out}: holds a run of other settings:\n  " + "\n  ".join(fields) + "\n"
+            "write to another folder, or replace it with --overwrite"
+        )

@@ -1,0 +1,103 @@
+"""The networks of a sweep: every combination of the settings' lists, each with the name of its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from satdifuser.fuse.inputs import Inputs, choose_inputs
+from satdifuser.fuse.settings import (
+    OF_A_SWEEP,
+    FitSettings,
+    FusionName,
+    SweepSettings,
+    TrainingSettings,
+    are_lists,
+    are_values,
+)
+from satdifuser.store.reader import FeatureStore
+
+LONGEST = 40  # characters of a list in a folder's name
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One network that is to be trained; `name` becomes its folder."""
+
+    name: str
+    fusion: FusionName
+    seed: int
+    settings: FitSettings
+
+
+def expand(settings: SweepSettings, store: FeatureStore) -> list[Candidate]:
+    """The candidates of a sweep, in the order of its lists; what differs in nothing counts once.
+
+    A name tells the fusion, every setting of which the sweep has several values, and the seed. `single`
+    becomes one candidate for each timestep and kind of layer, as in the paper.
+
+    Raises:
+        SettingsError: the store does not hold a timestep, or no layer matches a pattern.
+    """
+    lists = {
+        "head": settings.head if are_values(settings.head) else [settings.head],
+        "lr": settings.lr if are_values(settings.lr) else [settings.lr],
+        "layers": settings.layers if are_lists(settings.layers) else [settings.layers],
+        "timesteps": settings.timesteps if are_lists(settings.timesteps) else [settings.timesteps],
+    }
+    varied = [name for name, values in lists.items() if len(values) > 1]
+    shared = {name: getattr(settings, name) for name in TrainingSettings.model_fields}
+    found: dict[str, Candidate] = {}
+    for fusion, *values in itertools.product(settings.fusion, *lists.values()):
+        asked = FitSettings(**shared, **dict(zip(lists, values, strict=True)))
+        for one, told in variants(fusion, asked, varied, store):
+            for seed in settings.seeds:
+                candidate = Candidate("-".join([fusion, *told, f"seed{seed}"]), fusion, seed, one)
+                found.setdefault(candidate.name, candidate)
+    return list(found.values())
+
+
+def variants(
+    fusion: FusionName, settings: FitSettings, varied: Sequence[str], store: FeatureStore
+) -> Iterator[tuple[FitSettings, list[str]]]:
+    """The settings that a fusion is trained with, and the parts of the name that tell them apart."""
+    inputs = choose_inputs(store, settings)
+    if fusion != "single":
+        yield settings, [describe(name, getattr(settings, name)) for name in varied]
+        return
+    told = [describe(name, getattr(settings, name)) for name in varied if name not in ("layers", "timesteps")]
+    for timestep, kind in itertools.product(inputs.timesteps, kinds(inputs)):
+        layers = [layer.name for layer in inputs.layers if kind_of(layer.name) == kind]
+        one = settings.model_copy(update={"timesteps": [timestep], "layers": layers})
+        yield one, [f"t{timestep}", kind, *told]
+
+
+def kinds(inputs: Inputs) -> list[str]:
+    """The kinds of layer: attn1, conv2."""
+    return list(dict.fromkeys(kind_of(layer.name) for layer in inputs.layers))
+
+
+def kind_of(layer: str) -> str:
+    """The last part of a module path."""
+    return layer.rsplit(".", 1)[-1]
+
+
+def describe(name: str, value: Any) -> str:
+    """A setting as part of a folder's name."""
+    if name == "timesteps":
+        return f"t{value}" if value == "all" else "t" + "_".join(map(str, value))
+    if name != "layers":
+        return f"{'' if name == 'head' else name}{value}"
+    text = "+".join(value)
+    plain = re.sub(r"[^A-Za-z0-9._+]", "_", text)[:LONGEST]
+    return plain if plain == text else f"{plain}~{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def sweep_section(candidate: Candidate) -> dict[str, Any]:
+    """The section `fit` of a pipeline file that trains this candidate alone."""
+    own = candidate.settings.model_dump(mode="json")
+    return dict(zip(OF_A_SWEEP, ([candidate.fusion], [candidate.seed]), strict=True)) | own
