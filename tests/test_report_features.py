@@ -17,7 +17,7 @@ from command_line import succeed
 from made_up_report import LAYERS, MAPS, Page, fake_probe, fake_run, fake_weights, record_of, tile_store
 
 from satdifuser.errors import SettingsError
-from satdifuser.evaluate.evaluation import ensure_evaluated, measure
+from satdifuser.evaluate.evaluation import ensure_evaluated, new_outcome
 from satdifuser.evaluate.report.colours import glow_over
 from satdifuser.evaluate.report.features import maps_of, pca_colours, telling_inputs
 from satdifuser.evaluate.report.figure import Figure
@@ -25,9 +25,9 @@ from satdifuser.evaluate.report.fusions import expert_figures, gate_figures, inn
 from satdifuser.evaluate.report.page import write_report
 from satdifuser.evaluate.report.stores import sample_rows
 from satdifuser.evaluate.settings import EvaluateSettings
+from satdifuser.fuse.fit import fit
 from satdifuser.fuse.run_folder import Run
 from satdifuser.fuse.settings import FitSettings
-from satdifuser.fuse.train import fit
 from satdifuser.store.reader import FeatureStore
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
@@ -46,7 +46,7 @@ def runs(store: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> Mappi
     folder = tmp_path_factory.mktemp("runs")
     found = {}
     for fusion in ("global", "localized", "moe"):
-        found[fusion] = fit(store, QUICK, fusion, 0, folder / fusion, measure)
+        found[fusion] = fit(store, QUICK, fusion, 0, folder / fusion, new_outcome)
         ensure_evaluated(found[fusion], store, BRIEF)
     return found
 
