@@ -30,13 +30,13 @@ from satdifuser.evaluate.evaluation import (
     spread_positions,
     write_outcome,
 )
+from satdifuser.evaluate.linear_probe import LinearProbe, MultilabelProbe, Probe
 from satdifuser.evaluate.metrics import (
     classification_metrics,
     confusion_matrix,
     multilabel_metrics,
     segmentation_metrics,
 )
-from satdifuser.evaluate.probes import LinearProbe, MultilabelProbe, Probe
 from satdifuser.evaluate.samples import (
     PIXELS_PER_TILE,
     TILES_PER_READ,

@@ -210,12 +210,12 @@ def _write(
 def _targets(
     old: FeatureStore, file: LabelFile, settings: LabelSettings, survey: Survey, rows: Indices
 ) -> list[NDArray[np.generic] | None]:
-    """The target of each of some rows; None where a tile has no label."""
-    chosen = survey.labels[rows]
+    """The target of each of some rows: a mask, or a label; None for a tile without."""
     if settings.per_tile:
-        return [None if label == NO_LABEL else label for label in chosen]
+        return [None if label == NO_LABEL else label for label in survey.labels[rows]]
+    skipped = old.gather("tiles/skip_reason", rows) != ""
     masks = masks_of(old, file, rows)
-    return [None if label == NO_LABEL else mask for label, mask in zip(chosen, masks, strict=True)]
+    return [None if nothing else mask for nothing, mask in zip(skipped, masks, strict=True)]
 
 
 def _labelled(

@@ -7,6 +7,7 @@ from typing import Any
 
 from satdifuser.store.encoding import FORMS
 from satdifuser.store.reader import FeatureStore
+from satdifuser.store.schema import Attributes
 
 NOT_STATED = "not stated"
 PAPER = (
@@ -55,13 +56,18 @@ def _contents(store: FeatureStore) -> dict[str, Any]:
     facts = {
         "images": " ".join([str(source.get("kind", NOT_STATED)), images]).strip(),
         "tiles": f"{a.tiles} of {a.tile_size[0]} x {a.tile_size[1]} px: {store.splits_text()}",
-        "targets": f"{a.task}: {', '.join(a.classes)}" if a.task else "none",
+        "targets": _targets(a),
         "timesteps": ", ".join(map(str, a.timesteps)),
         "encoding": f"{a.encoding}, {store.size_bytes() / 1e6:.1f} MB",
         "content_digest": store.content_digest(),
     }
     layers = [f"{x.name} ({x.channels} x {x.height} x {x.width}, stride {x.stride} px)" for x in a.layers]
     return facts | {"layers": "\n" + "\n".join(f"  - {layer}" for layer in layers)}
+
+
+def _targets(a: Attributes) -> str:
+    origin = f" (of {Path(a.labelled['file']).name})" if "file" in a.labelled else ""
+    return f"{a.task}: {', '.join(a.classes)}{origin}" if a.task else "none"
 
 
 def _making(store: FeatureStore) -> dict[str, Any]:

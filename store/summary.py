@@ -33,6 +33,7 @@ def describe_store(store: FeatureStore) -> dict[str, Any]:
         "partitions": {name: store.split_counts(name) for name in store.partitions()},
         "task": a.task,
         "classes": a.classes,
+        "labelled": a.labelled,
         "timesteps": a.timesteps,
         "layers": [layer.model_dump() for layer in a.layers],
         "encoding": a.encoding,

@@ -43,12 +43,13 @@ def write_vectors(
     classes: Sequence[Any],
     crs: str | None = CRS,
     column: str = "class",
+    drawn_in: str = CRS,
     **more: Any,
 ) -> Path:
-    """Write shapes, given in the scene's CRS, with their classes in any CRS."""
-    if crs not in (None, CRS):
+    """Write shapes, drawn in the scene's CRS, with their classes in any CRS."""
+    if crs not in (None, drawn_in):
         shapes = [
-            shape and shapely.transform(shape, lambda xy: np.column_stack(transform(CRS, crs, *xy.T)))
+            shape and shapely.transform(shape, lambda xy: np.column_stack(transform(drawn_in, crs, *xy.T)))
             for shape in shapes
         ]
     numbers = all(isinstance(value, int | float) for value in classes)

@@ -23,7 +23,7 @@ from satdifuser.evaluate.baselines import (
     predict_masks,
 )
 from satdifuser.evaluate.evaluation import is_evaluated
-from satdifuser.evaluate.probes import LinearProbe, MultilabelProbe
+from satdifuser.evaluate.linear_probe import LinearProbe, MultilabelProbe
 from satdifuser.evaluate.samples import Samples, gather_samples
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse.run_folder import Run, open_run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from satdifuser.extract.layers import select_layers
 from satdifuser.extract.metadata import FIELDS, Metadata, missing_fields, normalise, tile_metadata
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings
 from satdifuser.extract.sources.tile import TileRecord
-from satdifuser.store.georeference import Georeference
 
 IDS = ["a", "b", "c"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -49,10 +47,6 @@ def extractor(backbone: Backbone, **settings: Any) -> FeatureExtractor:
 
 def images() -> torch.Tensor:
     return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-
-
-def tile(crs: str = "EPSG:32633", transform: Any = (10, 0, 500000, 0, -10, 0), date: str = "") -> TileRecord:
-    return TileRecord("a", "a.tif", "none", (64, 64), georeference=Georeference(crs, transform), date=date)
 
 
 # --- the folder
@@ -154,23 +148,6 @@ def test_out_of_range(field: str, value: float, limits: str) -> None:
     message = f"tile a: {field} is {value}, expected {limits}; .* or set backbone.metadata: false"
     with pytest.raises(SourceError, match=message):
         normalise(Metadata(**{field: value}), "tile a")
-
-
-def test_georeference_and_date_of_a_tile() -> None:
-    """On the central meridian of UTM 33, at the equator; twice enlarged, so 5 m per pixel seen."""
-    record = tile(transform=(10, 0, 499680, 0, -10, 320), date="2019-04-16T10:00:31")
-    found = tile_metadata(record, (128, 128))
-    assert found.longitude == pytest.approx(15, abs=1e-6)
-    assert found.latitude == pytest.approx(0, abs=1e-6)
-    assert found.gsd == pytest.approx(5)
-    assert (found.year, found.month, found.day, found.cloud_cover) == (2019, 4, 16, None)
-
-
-def test_ground_distance_of_degrees_and_feet() -> None:
-    degrees = tile("EPSG:4326", (0.001, 0, 10, 0, -0.001, 60.032))
-    assert tile_metadata(degrees, (64, 64)).gsd == pytest.approx(111.195 * math.sqrt(0.5), rel=1e-3)
-    feet = tile("EPSG:2263", (2, 0, 1000000, 0, -2, 200000))  # US survey feet
-    assert tile_metadata(feet, (64, 64)).gsd == pytest.approx(2 * 0.3048006, rel=1e-6)
 
 
 def test_nothing_is_known_of_a_plain_picture() -> None:

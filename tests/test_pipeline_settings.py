@@ -79,6 +79,7 @@ def test_every_settings_model_is_written_out() -> None:
     shown = {SyntheticSettings, *KINDS.values()}
     shown |= {type(value) for _, value in Pipeline() if isinstance(value, Settings)}
     sections = {model.__name__ for model in shown} | {"SplitShares", "JsonValue"}  # parts of the blocks
+    sections |= {"RandomSplit", "SpatialBlocks", "SpatialFolds", "VectorSettings"}
     assert set(Pipeline.model_json_schema()["$defs"]) == sections
 
 
@@ -130,6 +131,14 @@ def test_a_wrong_override_is_named_not_the_file(tmp_path: Path) -> None:
             "extract.timesteps = [1, 1]: expected one or more timesteps of at",
         ),
         ("extract.timesteps=[-1]", "extract.timesteps = [-1]: expected one or more timesteps of at least 0"),
+        (
+            "label.split={kind: blocks}",
+            "label.split.kind = 'blocks': expected one of 'random', 'spatial_blocks', 'spatial_folds', 'keep",
+        ),
+        ("label.split={kind: spatial_folds, size_m: 9, folds: 2}", "label.split.folds = 2: expected "),
+        ("label.split={kind: spatial_blocks}", "label.split.size_m: is missing, and has no default"),
+        ("source={kind: scenes, root: a, date: someday}", "source.date = 'someday': "),
+        ("source={kind: scenes, root: a, cloud_cover: 30}", "source.cloud_cover = 30: expected "),
         ("source.split=5", "source.split = 5: expected a valid dictionary or instance of SplitShares"),
         ("source.kind=foldr", "source.kind = 'foldr': expected one of 'folder', 'geobench', 'pairs'"),
         ("source.kind=folder", "source.root: is missing, and has no default"),

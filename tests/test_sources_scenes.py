@@ -22,11 +22,11 @@ from satdifuser.extract.sources import Source, list_tiles, open_source
 from satdifuser.extract.sources.grid import offsets, windows
 from satdifuser.labels.classes import IGNORE
 from satdifuser.labels.rasters import check_overlap
-from satdifuser.labels.settings import SplitShares
+from satdifuser.labels.settings import RandomSplit
 from satdifuser.store.georeference import Georeference
 
 LEFT, TOP = 500000, 5000000
-ALL_TRAIN = SplitShares(train=1, val=0, test=0)
+ALL_TRAIN = RandomSplit(train=1, val=0, test=0)
 
 
 def write_raster(path: Path, pixels: np.ndarray, pixel: float = 10, **profile: Any) -> None:
@@ -96,7 +96,7 @@ def test_overlap_folder_and_band_names(tmp_path: Path) -> None:
 def test_the_split_is_seeded(tmp_path: Path) -> None:
     write_raster(tmp_path / "a.tif", random_pixels(1, 40, 40))
     splits = [
-        [r.split for r in list_tiles(open_scenes(tmp_path, split=SplitShares(seed=s)))] for s in (0, 0, 1)
+        [r.split for r in list_tiles(open_scenes(tmp_path, split=RandomSplit(seed=s)))] for s in (0, 0, 1)
     ]
     assert Counter(splits[0]) == {"train": 15, "val": 5, "test": 5}
     assert splits[0] == splits[1] != splits[2]
@@ -276,7 +276,10 @@ def test_errors_of_settings(labelled: Path) -> None:
     message = raised(SettingsError, open_labelled, labelled, classes=Path("nowhere"))
     assert "nowhere: no such class list; name one in source.classes" in message
     message = raised(SettingsError, open_labelled, labelled, labels=Path("nowhere"))
-    assert "source.labels: nowhere is missing; expected a label raster or a folder of them" in message
+    assert (
+        "source.labels: nowhere is missing; expected a label raster, a file of polygons or points, or a"
+        in message
+    )
 
 
 def test_errors_of_labels(labelled: Path) -> None:
@@ -288,7 +291,7 @@ def test_errors_of_labels(labelled: Path) -> None:
     assert "plain.tif: label raster has no CRS or transform" in message
     (labelled / "labels" / "a.tif").unlink()
     message = raised(SourceError, open_labelled, labelled)
-    assert "source.labels: no label raster for" in message
+    assert "source.labels: no labels for" in message
     assert "labels/a.tif or" in message
 
 
@@ -330,7 +333,7 @@ def test_error_no_scenes(tmp_path: Path) -> None:
 
 
 def test_error_no_tiles_and_empty_split(labelled: Path) -> None:
-    shares = SplitShares(train=0.9, val=0.05, test=0.05)
+    shares = RandomSplit(train=0.9, val=0.05, test=0.05)
     assert "no tile in split val, test" in raised(SourceError, open_labelled, labelled, split=shares)
     pixels = np.zeros((1, 16, 16), np.uint8)
     pixels[0, 0, 0] = 1

@@ -35,7 +35,7 @@ DATE_TAGS = (
     *("acquisitiondate", "acquisitiondatetime", "datetime", "product_start_time", "date_acquired"),
     "tifftag_datetime",
 )
-CLOUD_TAGS = ("cloudcover", "cloud_cover", "cloud_coverage_assessment", "eo:cloud_cover")  # in percent
+CLOUD_TAGS = ("cloudcover", "cloud_cover", "cloud_coverage_assessment")  # in percent
 
 Pixels = tuple[NDArray[np.generic], NDArray[np.bool_]]  # image (B, H, W) as stored, valid (H, W)
 
