@@ -212,6 +212,9 @@ def layers(config: Path | None, overrides: tuple[str, ...], show_all: bool, as_j
 @click.option("--add-layers", metavar="NAMES", help="… by these layers: names or patterns, commas between.")
 @click.option("--add-tiles", is_flag=True, help="… by the tiles that its source has by now.")
 @click.option("--relabel", is_flag=True, help="Give it its source's labels, classes and partitions of now.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes on this machine, one per GPU.")
+@click.option("--scheduler", metavar="ADDRESS", help="Use the workers of a Dask scheduler: tcp://HOST:8786.")
+@click.option("--shard", "part", metavar="I/N", help="Only part I of N, from 1: for job arrays.")
 @overwrite_option
 @space_option
 def extract(
@@ -222,17 +225,23 @@ def extract(
     add_layers: str | None,
     add_tiles: bool,
     relabel: bool,
+    workers: int | None,
+    scheduler: str | None,
+    part: str | None,
     overwrite: bool,
     ignore_free_space: bool,
 ) -> None:
     """Write the features of a source's tiles to a store, or go on where an earlier run stopped.
 
     With --add-… and --relabel the settings are those that the store holds, unless -c names a file.
+    --workers, --scheduler and --shard spread the work, with the same result: see docs/scale.md.
     """
     from satdifuser.extract.job import Job
-    from satdifuser.extract.run import extract as run_extraction
+    from satdifuser.extract.run import parse_part
 
-    if add_timesteps or add_layers or add_tiles or relabel:
+    grows = bool(add_timesteps or add_layers or add_tiles or relabel)
+    _check_spread(workers, scheduler, part, grows, overwrite)
+    if grows:
         from satdifuser.extract.grow import Additions, grow
         from satdifuser.pipeline import load_stored
 
@@ -249,8 +258,32 @@ def extract(
     path = out or pipeline.store_path
     _check_output(path.parent, "store.path (-o)")
     with _telling_what_is_kept(path):
-        store = run_extraction(job, path, overwrite, ignore_free_space)
-    click.echo(store)
+        if workers or scheduler:
+            from satdifuser.extract.cluster import Cluster, extract_on_cluster
+
+            cluster = Cluster(workers or 0, scheduler or "")
+            click.echo(extract_on_cluster(job, path, cluster, overwrite, ignore_free_space))
+        else:
+            from satdifuser.extract.run import extract as run_extraction
+
+            chosen = parse_part(part) if part else None
+            click.echo(run_extraction(job, path, overwrite, ignore_free_space, chosen))
+
+
+def _check_spread(
+    workers: int | None, scheduler: str | None, part: str | None, grows: bool, overwrite: bool
+) -> None:
+    """Refuse ways of spreading an extraction that exclude each other."""
+    named = {"--workers": workers, "--scheduler": scheduler, "--shard": part}
+    given = [name for name, value in named.items() if value is not None]
+    if len(given) > 1:
+        raise SettingsError(f"{' and '.join(given)}: each is a way by itself; name one of them")
+    if given and grows:
+        raise SettingsError(f"{given[0]}: a store grows in one process; leave it out")
+    if part and overwrite:
+        raise SettingsError(
+            "--shard: with --overwrite each part would delete what the others write; delete the store first"
+        )
 
 
 @cli.command()
@@ -378,6 +411,56 @@ def _assess(
     for note in found["notes"]:
         click.echo(note, err=True)
     click.echo(json.dumps(found) if as_json else format_assessment(found))
+
+
+@cli.command()
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("place", metavar="SCENE|STORE", type=StorePlace())
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="NAME.tif; see below.")
+@click.option("--probabilities", is_flag=True, help="Also the probability of each class.")
+@click.option("--confidence", is_flag=True, help="Also how far the class is ahead of the next one.")
+@click.option("--window", metavar="ROW,COL,HEIGHT,WIDTH", help="Only this part of the raster, in px.")
+@click.option("--aoi", type=click.Path(path_type=Path), help="Only inside the polygons of this vector file.")
+@click.option("--overlap", type=int, help="Pixels that neighbouring tiles share.  [default: 1/4 of a tile]")
+@click.option(
+    "--resample", metavar="METRES", help="Pixel size at which the scene is seen; auto: that of the fit."
+)
+@click.option(
+    "--store", "keep", type=click.Path(path_type=Path), help="Keep the scene's features in this store."
+)
+@click.option("--tiles", default="*", show_default=True, help="Of a store: only tiles whose id matches this.")
+@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
+@overwrite_option
+def predict(
+    run_folder: Path,
+    place: Location,
+    out: Path,
+    probabilities: bool,
+    confidence: bool,
+    window: str | None,
+    aoi: Path | None,
+    overlap: int | None,
+    resample: str | None,
+    keep: Path | None,
+    tiles: str,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+) -> None:
+    """Map a scene, or the tiles of a store, with a fitted run.
+
+    A run for segmentation writes a Cloud-Optimised GeoTIFF. One for classes of tiles writes a GeoTIFF with a
+    pixel per tile, a GeoPackage (.gpkg) or a table (.csv, .parquet). A scene is seen with the settings of the
+    run: --set source.bands=…, source.scale=…, source.nodata=… say what is different about it.
+    """
+    from satdifuser.evaluate.maps.pixel_maps import MapOptions
+    from satdifuser.evaluate.maps.predict import Request, parse_window
+    from satdifuser.pipeline import SceneRequest, run_prediction
+
+    _check_output(out.parent, "-o")
+    part = parse_window(window) if window else None
+    request = Request(out, MapOptions(confidence, probabilities), part, aoi, tiles, overwrite)
+    how = SceneRequest(overlap, resample, keep, overrides)
+    click.echo(run_prediction(run_folder, place, request, how))
 
 
 @cli.command()

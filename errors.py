@@ -46,6 +46,10 @@ class DeviceError(SatDiFuserError, RuntimeError):
     """The device lacks the memory for what is asked of it."""
 
 
+class ClusterError(SatDiFuserError, RuntimeError):
+    """Workers cannot be reached, do not fit, or fail for reasons of their own."""
+
+
 class FeatureError(SatDiFuserError, ArithmeticError):
     """A feature value cannot be stored: not finite, or beyond the encoding's range."""
 
@@ -56,6 +60,10 @@ class StoreError(SatDiFuserError, RuntimeError):
 
 class RunError(SatDiFuserError, RuntimeError):
     """A fitted run is missing, or does not fit the store it is used on."""
+
+
+class MapError(SatDiFuserError, OSError):
+    """A map or a page cannot be written."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

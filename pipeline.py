@@ -31,11 +31,16 @@ from satdifuser.labels.settings import LabelSettings
 from satdifuser.store.settings import Settings, StoreSettings
 
 if TYPE_CHECKING:
+    from satdifuser.evaluate.maps.predict import Request
+    from satdifuser.fuse.predictor import Predictor
+    from satdifuser.store.location import Location
     from satdifuser.store.reader import FeatureStore
 
 
 PACKAGED = "pipeline.yaml"
 PACKAGE = Path(str(files("satdifuser")))
+ANY_PIXEL = 1e-9  # least share of valid pixels of a tile that is mapped
+SCENE_SUFFIXES = (".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,41 @@ def load_pipeline(file: Path | None = None, overrides: Sequence[str] = ()) -> Pi
     name = str(file) if file else f"packaged {PACKAGED}"
     raw = _read_yaml(file, name)
     changes = _renew_source(raw, [_parse_override(text) for text in overrides])
+    for change in changes:
+        _assign(raw, change.path, change.value)
+    return validate_settings(raw, name, changes)
+
+
+def load_run(predictor: Predictor, scene: Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """The settings that a run's features were made with, for a scene that its tiles are to be cut from.
+
+    Args:
+        predictor: The run.
+        scene: A GeoTIFF.
+        overrides: ``a.b=c`` texts that win over them.
+
+    Raises:
+        SettingsError: naming every wrong setting at once.
+        RunError: the run's settings cannot be read.
+    """
+    from satdifuser.extract.settings import image_settings
+    from satdifuser.fuse.run_folder import read_settings
+
+    run = predictor.run
+    name = f"settings of {run.path}"
+    held = validate_settings(read_settings(run), name)
+    images = image_settings(held.source).model_dump(mode="json", include={"bands", "scale", "offset"})
+    raw = held.model_dump(mode="json")
+    raw["source"] = {
+        "kind": "scenes",
+        "root": str(scene),
+        "tile_size": predictor.tile_size,
+        "min_valid": ANY_PIXEL,
+    } | images
+    raw["backbone"] |= {"device": "auto"}  # a run made on a GPU is used on machines without one
+    raw["extract"] |= {"timesteps": run.info["timesteps"], "layers": [layer.name for layer in run.layers]}
+    raw["extract"] |= {"batch_size": "auto", "threads": "auto"}
+    changes = [_parse_override(text) for text in overrides]
     for change in changes:
         _assign(raw, change.path, change.value)
     return validate_settings(raw, name, changes)
@@ -252,6 +292,105 @@ def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bo
     for run in fitted:
         ensure_measured_on_val(run, store, pipeline.evaluate)
     return [run.path for run in [*runs, *fitted]]
+
+
+@dataclass(frozen=True)
+class SceneRequest:
+    """What is asked for of a scene, beside the map: how its tiles are cut, and whether features are kept."""
+
+    overlap: int | None = (
+        None  # px of the scene; None: a quarter of a tile where pixels are mapped, else none
+    )
+    resample: str | None = None  # metres per pixel at which the backbone sees it; "auto": those of the fit
+    store: Path | None = None  # where its features are kept
+    overrides: Sequence[str] = ()
+
+    def named(self) -> dict[str, Any]:
+        """What was given, by the command's options."""
+        overlap = None if self.overlap is None else str(self.overlap)
+        options = {"--overlap": overlap, "--resample": self.resample, "--store": self.store}
+        return options | {"--set": self.overrides}
+
+
+def run_prediction(folder: Path, place: Location, request: Request, how: SceneRequest) -> Path:
+    """Map a scene or the tiles of a store with a fitted run, or go on where an earlier call stopped.
+
+    Args:
+        folder: The run.
+        place: A GeoTIFF, or a store.
+        request: What is asked for.
+        how: For a scene only.
+
+    Returns:
+        What was written.
+
+    Raises:
+        SatDiFuserError: bad settings or input; what is done is kept.
+    """
+    from satdifuser.evaluate.maps.predict import check_request, predict_store
+    from satdifuser.fuse.predictor import Predictor
+    from satdifuser.fuse.run_folder import open_run
+    from satdifuser.store.reader import open_store
+
+    predictor = Predictor(open_run(folder))
+    check_request(request, predictor)
+    if isinstance(place, Path) and place.suffix.lower() in SCENE_SUFFIXES:
+        return predict_scene(predictor, place, request, how)
+    given = [name for name, value in how.named().items() if value]
+    if given:
+        raise SettingsError(f"{given[0]}: is for scenes, GeoTIFFs that end in .tif or .tiff, but got {place}")
+    return predict_store(predictor, open_store(place), request)
+
+
+def predict_scene(predictor: Predictor, path: Path, request: Request, how: SceneRequest) -> Path:
+    """Map a scene with a fitted run, or go on where an earlier call stopped.
+
+    Args:
+        predictor: The run.
+        path: The scene, a GeoTIFF.
+        request: What is asked for.
+        how: How its tiles are cut, and whether features are kept.
+
+    Returns:
+        The map, or the table of tiles.
+
+    Raises:
+        RunError: the backbone does not make the features that the run was fitted on.
+        SatDiFuserError: bad settings or input; what is done is kept.
+    """
+    from satdifuser.evaluate.maps.area import Raster
+    from satdifuser.evaluate.maps.predict import Scene, find_area, predict_features, predict_store
+    from satdifuser.extract.job import Job
+    from satdifuser.extract.run import extract
+    from satdifuser.extract.scene import tile_id
+    from satdifuser.extract.scene_job import open_scene, scene_features, scene_state, scenes_settings
+
+    pipeline = load_run(predictor, path, how.overrides)
+    settings = scenes_settings(pipeline.source)
+    scene = open_scene(path, settings)
+    factor = scene.pixels_per_pixel(predictor.run.info.get("pixel_size_m"), how.resample)
+    tile = scene.tile(predictor.tile_size, factor)
+    overlap = how.overlap
+    if overlap is None:
+        overlap = min(tile) // 4 if predictor.task == "segmentation" else 0
+    grid = scene.grid(tile, overlap)
+    raster = Raster(scene.header.size, scene.crs_wkt, scene.place.transform)
+    facts = Scene(path.name, raster, scene.header.date)
+    if how.store is not None:
+        if factor != 1:
+            raise SettingsError("--store: keeps features of the scene's own pixels; leave out --resample")
+        source = settings.model_copy(update={"overlap": overlap, "pad": True})
+        store = extract(Job(source, pipeline.backbone, pipeline.extract, pipeline.store), how.store)
+        return predict_store(predictor, store, request, facts)
+    area = find_area(raster, request)
+    job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
+    features, identity = scene_features(job, scene, grid.touching(area.window), request.out)
+    predictor.require_features(identity, str(path))
+    identity |= {"scene": str(path), "state": scene_state(scene), "tile": tile, "overlap": overlap}
+    made = predict_features(predictor, features, area, request, facts, identity, partial(tile_id, path))
+    if warning := features.values.warning():
+        print(warning, file=sys.stderr)
+    return made
 
 
 def command_line() -> str:

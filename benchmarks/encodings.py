@@ -120,7 +120,7 @@ def test_score(run: Run) -> float:
 
 def tested(run: Run, store: FeatureStore) -> float:
     """The score of a network on the test tiles of another store, whose features are encoded otherwise."""
-    network, standard, settings = load_network(run, store)
+    network, standard, settings = load_network(run)
     loader = MapLoader(store, labelled(store, "test", run.partition), settings, torch.device("cpu"))
     metrics = measure(store, predict(network, loader, settings, standard))
     return metrics[HEADLINE[run.info["task"]]]

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 import zarr
 from numpy.typing import NDArray
 
-from satdifuser.fuse.data import as_feature_maps, channels_by_stride, decode, to_tensors
+from satdifuser.fuse.data import as_feature_maps, decode, to_tensors
+from satdifuser.fuse.inputs import named_inputs
 from satdifuser.fuse.network import build_network
 from satdifuser.fuse.settings import FitSettings
 from satdifuser.store.batches import BatchReader
@@ -252,12 +253,13 @@ def passes(folder: Path, store: FeatureStore) -> dict[str, Pass]:
             mapped[group][name] = np.load(path, mmap_mode="r")
     reader = BatchReader(store, rows)
 
-    network = build_network("global", channels_by_stride(store), 1, 10, "classification", FitSettings())
+    layers, inputs = store.attributes.layers, named_inputs(store, None, ["*"])
+    network = build_network("global", inputs.channels, 1, 10, "classification", FitSettings())
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
 
     def use(stored: Stored) -> None:
-        maps = decode(store, to_tensors(stored, torch.device("cpu")))
-        logits, _ = network(as_feature_maps(store, maps, None))
+        maps = decode(layers, to_tensors(stored, torch.device("cpu")))
+        logits, _ = network(as_feature_maps(layers, maps, None, inputs))
         optimizer.zero_grad()
         F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)).backward()
         optimizer.step()

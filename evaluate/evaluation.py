@@ -230,7 +230,7 @@ class Predictor:
 
     def __init__(self, run: Run, store: FeatureStore) -> None:
         self.store, self.inputs = store, run_inputs(run, store)
-        self.network, self.statistics, self.settings = load_network(run, store)
+        self.network, self.statistics, self.settings = load_network(run)
 
     def predict(self, rows: Indices, kept: Sequence[int] = ()) -> Outcome:
         """What becomes of some tiles; masks are kept at the positions `kept`."""

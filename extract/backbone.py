@@ -108,6 +108,15 @@ class BackboneInfo:
 
 
 @dataclass(frozen=True)
+class LoadedModel:
+    """What is known of a backbone only once it is loaded, as a worker tells it."""
+
+    weights_digest: str
+    prompt_digest: str
+    device: str  # cpu or cuda
+
+
+@dataclass(frozen=True)
 class Backbone:
     """A loaded backbone, frozen, on its device."""
 
@@ -144,6 +153,11 @@ class Backbone:
             )
         dropped = None if conditions.metadata is None else torch.zeros_like(conditions.metadata)
         return Conditions(self.negative.expand(len(conditions.prompt), -1, -1), dropped)
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """What identifies it."""
+        return LoadedModel(self.weights_digest, tensor_digest(self.prompt), self.device.type)
 
     def to(self, dtype: torch.dtype) -> Backbone:
         """Turn the networks into another dtype, in place: this backbone as it is then."""
@@ -289,7 +303,8 @@ def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
 def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
     """Bring a model to its device; a GPU convolves fastest with the channels last."""
     on_gpu = device.type == "cuda"
-    return model.to(device, dtype, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
+    placed: Any = model.to(device, dtype)
+    return placed.to(memory_format=torch.channels_last) if on_gpu else placed
 
 
 def load_unet(folder: Path, metadata: bool) -> Any:

@@ -95,6 +95,11 @@ class Shard:
         return rows, [batch.encoded for batch in found], note
 
 
+def without_labels(rows: Sequence[TileRow]) -> list[TileRow]:
+    """The rows for a store that has other labels than its source by now."""
+    return [replace(row, target=None, split="none", partitions={}) for row in rows]
+
+
 def compute_shard(
     work: Work,
     tiles: Iterator[ReadTile],

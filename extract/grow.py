@@ -153,7 +153,7 @@ def _load(job: Job, info: BackboneInfo, old: FeatureStore, image_size: tuple[int
     a, path = old.attributes, old.path
     fix_arithmetic(int(job.settings.threads))
     backbone = load_backbone(info, job.backbone_settings)
-    identity = feature_identity(job, backbone, image_size, a.tile_size)
+    identity = feature_identity(job, info, backbone.loaded, image_size, a.tile_size)
     if canonical_hash(identity) != a.planned.feature:
         listing = "\n  ".join(differing_fields(identity, a.feature_identity))
         raise StoreError(f"{path}: cannot grow, for it was made with other settings:\n  {listing}")

@@ -40,6 +40,23 @@ class Prepared:
 
 
 def to_rgb(tile: Tile, settings: ImageSettings) -> Prepared:
+    """Choose three bands of a tile and scale them, see `scale_to_rgb`.
+
+    Raises:
+        ImageError: as there, or the scale saturates every pixel.
+    """
+    prepared = scale_to_rgb(tile, settings)
+    scale, (lowest, highest) = settings.scale or 1 / 255, prepared.raw_range
+    if lowest * scale + settings.offset > 1:
+        raise ImageError(
+            f"tile {tile.record.tile_id}: value * {scale:g} + {settings.offset:g} is above 1 everywhere "
+            f"(values {lowest:g} to {highest:g}); expected source.scale to bring values into [0, 1], e.g. "
+            "1/10000"
+        )
+    return prepared
+
+
+def scale_to_rgb(tile: Tile, settings: ImageSettings) -> Prepared:
     """Choose three bands and scale them: value * scale + offset, clipped to [0, 1].
 
     Pixels without data take the mean colour of those with data, so that a border does not look like an
@@ -53,10 +70,9 @@ def to_rgb(tile: Tile, settings: ImageSettings) -> Prepared:
         The picture (3, H, W) float32 in [0, 1], with raw range and share clipped.
 
     Raises:
-        ImageError: wrong number of bands, no pixel with data, an undeclared scale, or a scale that
-            saturates every pixel.
+        ImageError: wrong number of bands, no pixel with data, or an undeclared scale.
     """
-    positions = _band_positions(tile, settings.bands)
+    positions = band_positions(tile, settings.bands)
     with np.errstate(over="ignore"):  # a no-data value may lie beyond float32
         raw = tile.image[positions].astype(np.float32)
     valid = tile.valid & np.isfinite(raw).all(axis=0)
@@ -64,22 +80,21 @@ def to_rgb(tile: Tile, settings: ImageSettings) -> Prepared:
         raise ImageError(f"tile {tile.record.tile_id}: no pixel holds data")
     held = raw[:, valid]
     raw_range = float(held.min()), float(held.max())
-    value_range = f"values {raw_range[0]:g} to {raw_range[1]:g}"
-    scale = _scale(tile, settings, value_range)
+    scale = _scale(tile, settings, f"values {raw_range[0]:g} to {raw_range[1]:g}")
     with np.errstate(over="ignore"):
         scaled = raw * np.float32(scale) + np.float32(settings.offset)
-    if (scaled[:, valid] > 1).all():
-        raise ImageError(
-            f"tile {tile.record.tile_id}: value * {scale:g} + {settings.offset:g} is above 1 everywhere "
-            f"({value_range}); expected source.scale to bring values into [0, 1], e.g. 1/10000"
-        )
     clipped = np.abs(scaled[:, valid] - 0.5) > 0.5 + ROUNDING
     rgb: Floats = np.clip(scaled, 0, 1)
     rgb[:, ~valid] = rgb[:, valid].mean(axis=1, keepdims=True)
     return Prepared(rgb, raw_range, float(clipped.mean()))
 
 
-def _band_positions(tile: Tile, bands: Sequence[int | str] | None) -> list[int]:
+def band_positions(tile: Tile, bands: Sequence[int | str] | None) -> list[int]:
+    """Positions of red, green and blue among the bands of a tile.
+
+    Raises:
+        ImageError: a band is not there, or none are named and the tile has not just three.
+    """
     count, named = len(tile.image), [name for name in tile.band_names if name]
     held = f"it has {count} bands" + (f" ({', '.join(named)})" if named else "")
     if bands is None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from satdifuser.errors import SettingsError, SourceError
-from satdifuser.extract.backbone import Backbone, BackboneInfo, tensor_digest
+from satdifuser.extract.backbone import BackboneInfo, LoadedModel
 from satdifuser.extract.device import resolve_device
 from satdifuser.extract.images import COLOUR_STATISTICS
 from satdifuser.extract.layers import select_layers
@@ -88,6 +88,15 @@ def fix_automatic(job: Job, out: Path, overwrite: bool) -> Job:
     settings = job.settings.model_copy(update={"batch_size": batch, "threads": threads})
     backbone = job.backbone_settings.model_copy(update={"device": device})
     return Job(job.source_settings, backbone, settings, job.store)
+
+
+def fix_threads(job: Job, out: Path, overwrite: bool, threads: int) -> Job:
+    """Let ``auto`` be so many threads, unless the store at `out` was begun with others."""
+    if job.settings.threads != "auto":
+        return job
+    begun = FeatureStore(out).attributes.feature_identity if is_store(out) and not overwrite else {}
+    threads = begun.get("threads") or max(1, threads)
+    return replace(job, settings=job.settings.model_copy(update={"threads": threads}))
 
 
 def default_batch(prompt: str | list[str], device: str) -> int | Literal["auto"]:
@@ -167,7 +176,8 @@ def new_attributes(
     job: Job,
     source: Source,
     records: Sequence[TileRecord],
-    backbone: Backbone,
+    info: BackboneInfo,
+    loaded: LoadedModel,
     image_size: tuple[int, int],
     layers: list[LayerInfo],
 ) -> Attributes:
@@ -176,7 +186,7 @@ def new_attributes(
     layers = kept_layers(layers, job.store)
     per_shard = tiles_per_shard(job, layers, len(records))
     size = tile_size(records)
-    identity = feature_identity(job, backbone, image_size, size)
+    identity = feature_identity(job, info, loaded, image_size, size)
     ids = [record.tile_id for record in records]
     planned = Hashes(
         feature=canonical_hash(identity),
@@ -201,11 +211,11 @@ def new_attributes(
         encoding=job.store.encoding,
         decode=decode_formula(job.store.encoding),
         previews=job.store.previews,
-        latents=backbone.info.latent_shape(image_size) if job.store.latents else None,
+        latents=info.latent_shape(image_size) if job.store.latents else None,
         valid=True,
         cloud_cover=True,
         colour_statistics=COLOUR_STATISTICS,
-        backbone=_describe_backbone(job, backbone, records, image_size),
+        backbone=_describe_backbone(job, info, loaded, records, image_size),
         feature_identity=identity,
         planned=planned,
         settings=resolved_settings(job, size, image_size, timesteps, per_shard),
@@ -219,10 +229,14 @@ def planned_labels(source: Source, records: Sequence[TileRecord]) -> str:
 
 
 def _describe_backbone(
-    job: Job, backbone: Backbone, records: Sequence[TileRecord], image_size: tuple[int, int]
+    job: Job,
+    info: BackboneInfo,
+    loaded: LoadedModel,
+    records: Sequence[TileRecord],
+    image_size: tuple[int, int],
 ) -> dict[str, Any]:
     """Name and weights of the backbone, and how many tiles lack each metadata field that it reads."""
-    named = {"model": backbone.info.name, "weights_sha256": backbone.weights_digest}
+    named = {"model": info.name, "weights_sha256": loaded.weights_digest}
     if not job.backbone_settings.metadata:
         return named
     return named | {"metadata_missing": count_missing(records, image_size)}
@@ -247,12 +261,12 @@ def resolved_settings(
 
 
 def feature_identity(
-    job: Job, backbone: Backbone, image_size: tuple[int, int], size: tuple[int, int]
+    job: Job, info: BackboneInfo, loaded: LoadedModel, image_size: tuple[int, int], size: tuple[int, int]
 ) -> dict[str, Any]:
     """Everything that shapes one feature value; its hash is the store's `feature` hash."""
     settings = job.settings
     names = ("noising", "steps", "draws", "seed", "latent", "prediction", "guidance", "batch_size", "threads")
-    scheduler = backbone.info.scheduler.config
+    scheduler = info.scheduler.config
     betas = (
         "num_train_timesteps",
         "beta_start",
@@ -262,8 +276,8 @@ def feature_identity(
         "prediction_type",
     )
     return {
-        "weights": backbone.weights_digest,
-        "prompt_embedding": tensor_digest(backbone.prompt),
+        "weights": loaded.weights_digest,
+        "prompt_embedding": loaded.prompt_digest,
         "negative_prompt": job.backbone_settings.negative_prompt if settings.guidance is not False else None,
         "metadata": job.backbone_settings.metadata,
         "scheduler": {name: scheduler[name] for name in betas},
@@ -276,7 +290,7 @@ def feature_identity(
             "resize": "bilinear, antialiased",
         },
         "dtype": job.backbone_settings.dtype,
-        "device": backbone.device.type,
+        "device": loaded.device,
         "encoding": job.store.encoding,
         "pool": job.store.model_dump(mode="json")["pool"] if job.store.encoding == "reduced" else None,
         **_unusual(job),

@@ -14,13 +14,11 @@ from dataclasses import astuple, dataclass, fields
 from datetime import datetime
 
 import torch
-from rasterio.crs import CRS
-from rasterio.warp import transform
 from torch import Tensor
 
 from satdifuser.errors import SourceError
 from satdifuser.extract.sources.tile import TileRecord
-from satdifuser.store.georeference import Georeference
+from satdifuser.store.place import centre, ground_distance
 
 FIRST_YEAR, LAST_YEAR = 1980, 2100
 
@@ -103,25 +101,3 @@ def tile_metadata(record: TileRecord, image_size: tuple[int, int]) -> Metadata:
     taken = datetime.fromisoformat(record.date) if record.date else None
     date = (taken.year, taken.month, taken.day) if taken else (None, None, None)
     return Metadata(longitude, latitude, gsd, record.cloud_cover, *date)
-
-
-def centre(place: Georeference, size: tuple[int, int]) -> tuple[float, float]:
-    """Longitude and latitude in degrees of the centre of a (H, W) px grid."""
-    x, y = place.at(size[0] / 2, size[1] / 2)
-    (longitude,), (latitude,) = transform(CRS.from_string(place.crs), CRS.from_epsg(4326), [x], [y])
-    return float(longitude), float(latitude)
-
-
-def ground_distance(place: Georeference, size: tuple[int, int]) -> float:
-    """Metres on the ground per pixel in the middle of a (H, W) px grid: the square root of a pixel's area.
-
-    It is measured on a plane of equal area at that place, for the units of a CRS may be degrees, feet, or
-    metres that are none (Web Mercator's are twice too long at 60 degrees north).
-    """
-    longitude, latitude = centre(place, size)
-    row, col = size[0] / 2 - 0.5, size[1] / 2 - 0.5
-    points = [place.at(row + down, col + right) for down, right in ((0, 0), (0, 1), (1, 1), (1, 0))]
-    plane = CRS.from_string(f"+proj=laea +lat_0={latitude} +lon_0={longitude} +datum=WGS84 +units=m")
-    xs, ys = transform(CRS.from_string(place.crs), plane, *zip(*points, strict=True))
-    pairs = zip(range(4), (1, 2, 3, 0), strict=True)
-    return math.sqrt(abs(sum(xs[i] * ys[j] - xs[j] * ys[i] for i, j in pairs)) / 2)

@@ -7,26 +7,23 @@ of the next tiles, the backbone on a batch, the fetching of the batch before, th
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from satdifuser.errors import SourceError
-from satdifuser.extract.backbone import load_backbone
+from satdifuser.errors import SettingsError, SourceError
+from satdifuser.extract.backbone import LoadedModel
 from satdifuser.extract.background import Background
-from satdifuser.extract.batch_size import choose_batch
 from satdifuser.extract.changes import refuse_changed
-from satdifuser.extract.compute import Shard, Work, compute_shard
-from satdifuser.extract.device import fix_arithmetic
-from satdifuser.extract.features import FeatureExtractor
+from satdifuser.extract.compute import Shard, Work, compute_shard, without_labels
+from satdifuser.extract.cost import ShardCost
 from satdifuser.extract.job import Job, new_attributes
-from satdifuser.extract.metadata import collect_metadata
+from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import Plan, make_plan, require_space
 from satdifuser.extract.reading import read_ahead, read_row
 from satdifuser.extract.sources.tile import Source, TileRecord
@@ -34,12 +31,46 @@ from satdifuser.extract.value_range import ValueRange
 from satdifuser.store.files import discard
 from satdifuser.store.reader import FeatureStore, is_store
 from satdifuser.store.schema import Attributes
-from satdifuser.store.writer import StoreWriter, open_or_create
+from satdifuser.store.writer import StoreWriter, create_unless_there, open_or_create, open_part
 
 SHOWN_SKIPPED = 10
 
 
-def extract(job: Job, out: Path, overwrite: bool = False, ignore_free_space: bool = False) -> FeatureStore:
+@dataclass(frozen=True)
+class Part:
+    """The shards that one of several processes extracts, each without knowing of the others."""
+
+    number: int  # from 1
+    of: int
+
+    def shards(self, missing: Sequence[int]) -> list[int]:
+        """Those of some shards that are this part's."""
+        return [shard for shard in missing if shard % self.of == self.number - 1]
+
+    def tell(self, missing: Sequence[int]) -> None:
+        """Say on stderr which parts the store still lacks."""
+        lacking = sorted({shard % self.of + 1 for shard in missing})
+        rest = (
+            f"the store lacks shards of parts {', '.join(map(str, lacking))}" if lacking else "and all others"
+        )
+        print(f"part {self.number} of {self.of} is done; {rest}", file=sys.stderr)
+
+
+def parse_part(text: str) -> Part:
+    """Read ``3/8``.
+
+    Raises:
+        SettingsError: it is of another form.
+    """
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise SettingsError(f"--shard: got {text!r}, expected part I of N from 1/N to N/N, e.g. 1/8")
+    return Part(int(number), int(of))
+
+
+def extract(
+    job: Job, out: Path, overwrite: bool = False, ignore_free_space: bool = False, part: Part | None = None
+) -> FeatureStore:
     """Write the features of all of a source's tiles to a store, or go on where an earlier run stopped.
 
     What people should know besides goes to stderr: a scale that looks wrong, and the tiles that were skipped.
@@ -49,9 +80,10 @@ def extract(job: Job, out: Path, overwrite: bool = False, ignore_free_space: boo
         out: The store's folder.
         overwrite: Replace a store that is there.
         ignore_free_space: Start even if the disk looks too small.
+        part: Extract these shards only, while other processes extract the others.
 
     Returns:
-        The complete store.
+        The store: complete, or with a part at least with its shards.
 
     Raises:
         StoreError: the store at `out` was made with other settings, or of images that are others now; or the
@@ -63,48 +95,42 @@ def extract(job: Job, out: Path, overwrite: bool = False, ignore_free_space: boo
     if not ignore_free_space:
         require_space(plan)
     work = load_work(plan)
-    attributes = new_attributes(
-        work.job, plan.source, plan.records, work.extractor.backbone, plan.image_size, plan.layers
-    )
-    if not overwrite and is_store(out):
-        attributes = keep_labels(attributes, FeatureStore(out).attributes)
-    with open_or_create(out, attributes, overwrite) as writer:
+    attributes = planned_attributes(plan, work.job, work.extractor.backbone.loaded, overwrite)
+    if part:
+        create_unless_there(out, attributes)
+        if FeatureStore(out).attributes.planned != attributes.planned:  # begun elsewhere, with its own `auto`
+            plan = make_plan(job, out)
+            work = load_work(plan)
+            attributes = planned_attributes(plan, work.job, work.extractor.backbone.loaded)
+    with open_part(out, attributes) if part else open_or_create(out, attributes, overwrite) as writer:
         refuse_changed(
             FeatureStore(out), plan.records, lambda record: read_row(plan.job, plan.source, record)[0]
         )
-        _fill(work, plan.source, plan.records, writer)
+        missing = writer.missing_shards()
+        _fill(work, plan.source, plan.records, writer, part.shards(missing) if part else missing)
         store = FeatureStore(out)
-        _report_skipped(store)
+        if part:
+            part.tell(store.missing_shards())
+        if not store.missing_shards():
+            report_skipped(store)
     return store
 
 
-def load_work(plan: Plan) -> Work:
-    """Load the backbone of a planned extraction, set up its arithmetic, and find the batch if that is open.
-
-    Raises:
-        BackboneError: the weights cannot be read, or the U-Net cannot be compiled as asked.
-        DeviceError: the device has no memory for a single tile.
-    """
-    job, first = plan.job, plan.records[0]
-    fix_arithmetic(int(job.settings.threads))
-    backbone = load_backbone(plan.info, job.backbone_settings)
-    metadata = collect_metadata(plan.records, plan.image_size) if job.backbone_settings.metadata else {}
-    if job.settings.batch_size == "auto":
-        plain = job.settings.model_copy(update={"compile": False})
-        trial = Work(job, FeatureExtractor(backbone, plain, plan.layers), plan.image_size, metadata)
-        job = job.with_batch(choose_batch(trial, first.tile_id, plan.tiles_per_shard))
-    work = Work(job, FeatureExtractor(backbone, job.settings, plan.layers), plan.image_size, metadata)
-    work.extractor.check(
-        work.batch_size, plan.image_size, work.metadata_of([first.tile_id] * work.batch_size)
+def planned_attributes(plan: Plan, job: Job, loaded: LoadedModel, overwrite: bool = False) -> Attributes:
+    """What the store of a plan declares about itself; `job` is its job with the batch size known."""
+    attributes = new_attributes(
+        job, plan.source, plan.records, plan.info, loaded, plan.image_size, plan.layers
     )
-    return work
+    if overwrite or not is_store(plan.out):
+        return attributes
+    return keep_labels(attributes, FeatureStore(plan.out).attributes)
 
 
-def _fill(work: Work, source: Source, records: Sequence[TileRecord], writer: StoreWriter) -> None:
-    """Compute the missing shards; each is written while the next one is computed."""
-    missing = writer.missing_shards()
-    if there := writer.attributes.shards - len(missing):
-        print(f"going on: {there} of {writer.attributes.shards} shards are there", file=sys.stderr)
+def _fill(
+    work: Work, source: Source, records: Sequence[TileRecord], writer: StoreWriter, missing: Sequence[int]
+) -> None:
+    """Compute some shards; each is written while the next one is computed."""
+    tell_what_is_there(writer)
     ranges = {shard: writer.attributes.shard_range(shard) for shard in missing}
     todo = [record for start, stop in ranges.values() for record in records[start:stop]]
     values, warning = ValueRange(work.job.images), ""
@@ -116,16 +142,28 @@ def _fill(work: Work, source: Source, records: Sequence[TileRecord], writer: Sto
         Background("write") as writing,
         closing(read_ahead(work.job, source, work.image_size, todo)) as tiles,
     ):
+        cost = ShardCost(work)
         for shard, (start, stop) in ranges.items():
-            began = time.monotonic()
             computed = compute_shard(work, tiles, stop - start, values, encoding, writing.check)
             if not warning and (warning := values.warning()):
                 tqdm.write(warning, file=sys.stderr)
-            note = {"seconds": round(time.monotonic() - began, 3), "batch_size": work.batch_size}
-            writing.hand(partial(_write, writer, bar, shard, computed, note))
-    if missing and (labelled := writer.attributes.labelled):
+            writing.hand(partial(_write, writer, bar, shard, computed, cost.note()))
+    if missing:
+        ask_for_labels(writer.attributes, len(todo))
+
+
+def tell_what_is_there(writer: StoreWriter) -> None:
+    """Say on stderr that a store is gone on with."""
+    shards = writer.attributes.shards
+    if there := shards - len(writer.missing_shards()):
+        print(f"going on: {there} of {shards} shards are there", file=sys.stderr)
+
+
+def ask_for_labels(attributes: Attributes, tiles: int) -> None:
+    """Say on stderr that new tiles of a store with labels of its own have none."""
+    if labelled := attributes.labelled:
         print(
-            f"{len(todo)} tiles that were extracted now have no label; give the store its labels again: "
+            f"{tiles} tiles that were extracted now have no label; give the store its labels again: "
             f"`satdifuser label STORE {labelled['file']}`",
             file=sys.stderr,
         )
@@ -145,13 +183,13 @@ def _write(
 ) -> None:
     rows, batches, facts = computed.finish()
     if writer.attributes.labelled:
-        rows = [replace(row, target=None, split="none", partitions={}) for row in rows]
+        rows = without_labels(rows)
     written = writer.write_shard(shard, rows, batches, {**note, **facts})
     bar.set_postfix_str(f"{written / 1e6:.1f} MB a shard")
     bar.update(len(rows))
 
 
-def _report_skipped(store: FeatureStore) -> None:
+def report_skipped(store: FeatureStore) -> None:
     """List the skipped tiles on stderr; a store that holds no others is deleted and refused."""
     tiles = store.tiles
     skipped = tiles[tiles.skip_reason != ""]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from satdifuser.extract.background import Background
 from satdifuser.extract.compute import Work, compute_shard
+from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import Plan
 from satdifuser.extract.reading import read_ahead
-from satdifuser.extract.run import load_work
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
 

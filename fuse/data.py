@@ -25,6 +25,7 @@ from satdifuser.store.encoding import Floats
 from satdifuser.store.few_labels import Budget, class_presence, draw_labelled
 from satdifuser.store.layout import UNLABELLED
 from satdifuser.store.reader import FeatureStore, Indices, Stored
+from satdifuser.store.schema import LayerInfo, group_layers
 
 STATISTICS_TILES = 256
 DRAW_SEED = 0  # few labels: every seed of a training, and every probe, learns from the same draws
@@ -89,8 +90,9 @@ class MapLoader:
         """Yield (maps, targets, positions) over an order of positions 0 … N-1 of `rows`."""
         parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         standard = None if statistics is None else Standard(statistics, self.device)
+        layers = self.store.attributes.layers
         for chosen, stored in zip(parts, self._stored(parts), strict=True):
-            maps = as_feature_maps(self.store, decode(self.store, stored), standard, self.inputs)
+            maps = as_feature_maps(layers, decode(layers, stored), standard, self.inputs)
             targets = None if self._targets is None else torch.from_numpy(self._targets[chosen]).long()
             yield maps, targets, chosen
 
@@ -228,14 +230,18 @@ def to_tensors(stored: Stored, device: torch.device) -> Tensors:
     }
 
 
-def decode(store: FeatureStore, stored: Tensors) -> dict[str, Tensor]:
+def decode(layers: Sequence[LayerInfo], stored: Tensors) -> dict[str, Tensor]:
     """Decode stored arrays as `satdifuser.store.encoding.decode` does.
+
+    Args:
+        layers: The table of the store's layers.
+        stored: Its arrays.
 
     Returns:
         Group to (B, T, L, C, H, W) float32, in memory of its own.
     """
-    layers = store.attributes.layers
-    return {g: _decode(arrays, layers[store.groups[g][0]].width) for g, arrays in stored.items()}
+    groups = group_layers(layers)
+    return {g: _decode(arrays, layers[groups[g][0]].width) for g, arrays in stored.items()}
 
 
 def _decode(arrays: Mapping[str, Tensor], width: int) -> Tensor:
@@ -251,13 +257,19 @@ def _decode(arrays: Mapping[str, Tensor], width: int) -> Tensor:
 
 
 def as_feature_maps(
-    store: FeatureStore, maps: dict[str, Tensor], standard: Standard | None, inputs: Inputs | None = None
+    layers: Sequence[LayerInfo], maps: dict[str, Tensor], standard: Standard | None, inputs: Inputs
 ) -> FeatureMaps:
-    """Lay out decoded groups as stride -> one (B, T, C, H, W) tensor per layer, in table order."""
-    inputs = inputs or named_inputs(store, None, ["*"])
-    by_name: dict[str, Tensor] = {}
+    """Lay out decoded groups as stride -> one (B, T, C, H, W) tensor per layer, in table order.
+
+    Args:
+        layers: The table of the store's layers.
+        maps: Those of the inputs, by group.
+        standard: Standardises them in place; None leaves them.
+        inputs: The timesteps and layers that were read.
+    """
+    groups, by_name = group_layers(layers), dict[str, Tensor]()
     for group, held in inputs.selection.layers.items():
         values = maps[group] if standard is None else standard.apply(group, maps[group])
         for i, place in enumerate(held):
-            by_name[store.attributes.layers[store.groups[group][place]].name] = values[:, :, i]
-    return {s: [by_name[layer.name] for layer in layers] for s, layers in inputs.by_stride.items()}
+            by_name[layers[groups[group][place]].name] = values[:, :, i]
+    return {s: [by_name[layer.name] for layer in held] for s, held in inputs.by_stride.items()}

@@ -13,7 +13,7 @@ from satdifuser.fuse.fusion import FeatureMaps
 from satdifuser.fuse.settings import FitSettings
 from satdifuser.store.encoding import Floats
 from satdifuser.store.reader import FeatureStore, Selection
-from satdifuser.store.schema import LayerInfo
+from satdifuser.store.schema import LayerInfo, group_layers
 
 Statistics = dict[str, tuple[Floats, Floats]]
 """Group name to mean and standard deviation, each (T, L, C) float32."""
@@ -92,3 +92,9 @@ def join_inputs(store: FeatureStore, several: Sequence[Inputs]) -> Inputs:
     """The inputs that hold all of these."""
     timesteps = {t for inputs in several for t in inputs.timesteps}
     return named_inputs(store, sorted(timesteps), [layer.name for i in several for layer in i.layers])
+
+
+def whole_inputs(timesteps: Sequence[int], layers: Sequence[LayerInfo]) -> Inputs:
+    """All of these timesteps and layers, whether or not a store holds more."""
+    groups = {name: tuple(range(len(held))) for name, held in group_layers(layers).items()}
+    return Inputs(list(timesteps), list(layers), Selection(tuple(range(len(timesteps))), groups))

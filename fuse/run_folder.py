@@ -24,7 +24,7 @@ from safetensors.numpy import load, save
 from satdifuser.errors import RunError
 from satdifuser.fuse.data import Statistics
 from satdifuser.store.files import write_durably
-from satdifuser.store.schema import DEFAULT_PARTITION
+from satdifuser.store.schema import DEFAULT_PARTITION, LayerInfo
 
 RUN_FILE, MODEL_FILE, SETTINGS_FILE, CHECKPOINT_FILE, METRICS_FILE = (
     "run.json",
@@ -47,6 +47,11 @@ class Run:
     def partition(self) -> str:
         """The partition of the store whose tiles it was fitted on; older runs knew the default one only."""
         return str(self.info.get("partition", DEFAULT_PARTITION))
+
+    @property
+    def layers(self) -> list[LayerInfo]:
+        """The layers that its network reads."""
+        return [LayerInfo.model_validate(layer) for layer in self.info["layers"]]
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -86,6 +91,20 @@ def open_run(path: Path) -> Run:
         return Run(path, json.loads((path / RUN_FILE).read_text()))
     except ValueError as error:
         raise RunError(f"{path / RUN_FILE}: is damaged: {error}; fit again with --overwrite") from error
+
+
+def read_settings(run: Run) -> dict[str, Any]:
+    """The sections of a run's settings.yaml.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    file = run.path / SETTINGS_FILE
+    try:
+        sections = yaml.safe_load(file.read_text())
+        return dict(sections)
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"{file}: cannot be read: {error}; fit again with --overwrite") from error
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:

@@ -25,11 +25,12 @@ from satdifuser.fuse.data import MapLoader, TrainingData
 from satdifuser.fuse.device import choose_device
 from satdifuser.fuse.fusion import FeatureMaps
 from satdifuser.fuse.grid import Candidate
-from satdifuser.fuse.inputs import Inputs, Statistics, choose_inputs, named_inputs
+from satdifuser.fuse.inputs import Inputs, Statistics, choose_inputs, named_inputs, whole_inputs
 from satdifuser.fuse.network import OURS, Network, Variant, build_network, choose_head, choose_widths
 from satdifuser.fuse.run_folder import Run, load_weights
 from satdifuser.fuse.settings import OF_A_SWEEP, FitSettings, FusionName
 from satdifuser.store.few_labels import ALL_LABELS
+from satdifuser.store.place import typical_pixel_size
 from satdifuser.store.reader import FeatureStore
 
 MAIN_METRIC = {"classification": "accuracy", "multilabel": "f1_micro", "segmentation": "miou"}
@@ -252,6 +253,8 @@ def describe_run(
         "ignore_value": a.ignore_value,
         "timesteps": inputs.timesteps,
         "layers": [layer.model_dump() for layer in inputs.layers],
+        "feature_identity": a.feature_identity,
+        "pixel_size_m": typical_pixel_size(store),
         "store": {"path": str(store.path), "hashes": store.hashes().model_dump()},
         "fit": settings.model_dump(mode="json"),
         "resolved": {
@@ -322,11 +325,14 @@ def run_inputs(run: Run, store: FeatureStore) -> Inputs:
     return named_inputs(store, run.info["timesteps"], [layer["name"] for layer in run.info["layers"]])
 
 
-def load_network(run: Run, store: FeatureStore) -> tuple[Network, Statistics | None, FitSettings]:
-    """Rebuild a run's network with its weights, in evaluation mode."""
-    settings = FitSettings.model_validate({k: v for k, v in run.info["fit"].items() if k not in OF_A_SWEEP})
-    variant = Variant(**run.info.get("variant", {}))  # of a run that was imported
-    network = new_network(store, run_inputs(run, store), settings, run.info["fusion"], variant)
+def load_network(run: Run) -> tuple[Network, Statistics | None, FitSettings]:
+    """Rebuild a run's network with its weights, in evaluation mode; no store is needed."""
+    info = run.info
+    settings = FitSettings.model_validate({k: v for k, v in info["fit"].items() if k not in OF_A_SWEEP})
+    variant = Variant(**info.get("variant", {}))  # of a run that was imported
+    channels = whole_inputs(info["timesteps"], run.layers).channels
+    steps, classes = len(info["timesteps"]), len(info["classes"])
+    network = build_network(info["fusion"], channels, steps, classes, info["task"], settings, variant)
     state, statistics = load_weights(run)
     network.load_state_dict(state)
     # not the device of the fit: a run made on a GPU is used on machines without one

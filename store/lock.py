@@ -7,12 +7,14 @@ recycled process id say; the text in the file only names the holder. It lies bes
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shlex
 import socket
 import sys
+import time
 import weakref
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,19 +22,29 @@ from types import TracebackType
 
 from satdifuser.errors import StoreError
 
+POLL_SECONDS = 0.2
+
 
 class StoreLock:
-    """Holds a store for writing until `release`, the end of a ``with`` block or of the process."""
+    """Holds a store for writing until `release`, the end of a ``with`` block or of the process.
 
-    def __init__(self, path: Path) -> None:
+    Several processes that each write other shards of it share the lock, and keep away all others.
+    """
+
+    def __init__(self, path: Path, shared: bool = False, patience: float = 0.0) -> None:
         """Take the lock of the store at `path`, be the store there or not.
+
+        Args:
+            path: The store.
+            shared: Whether others may hold it too, if they share it.
+            patience: Seconds to wait for it.
 
         Raises:
             StoreError: somebody else writes to the store.
             OSError: the folder of the store cannot be written, or its file system has no locks.
         """
         file = lock_file(path)
-        descriptor = _lock(path, file)
+        descriptor = _lock(path, file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, patience)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
         self.release = weakref.finalize(self, _release, file, descriptor)
@@ -53,16 +65,21 @@ def lock_file(path: Path) -> Path:
     return real.with_name(f".{real.name}.lock")
 
 
-def _lock(path: Path, file: Path) -> int:
+def _lock(path: Path, file: Path, kind: int, patience: float) -> int:
     """Open and lock the file; return its descriptor."""
+    end = time.monotonic() + patience
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             if _still_there(file, descriptor):
                 return descriptor
         except BlockingIOError:
             holder = _holder(descriptor)
+            if time.monotonic() < end:
+                os.close(descriptor)
+                time.sleep(POLL_SECONDS)
+                continue
             os.close(descriptor)
             raise StoreError(
                 f"{path}: is being written by {holder}; wait until that ends, or end it, and run the same "
@@ -83,7 +100,9 @@ def _still_there(file: Path, descriptor: int) -> bool:
 
 
 def _release(file: Path, descriptor: int) -> None:
-    file.unlink(missing_ok=True)  # before it is unlocked, when it is still ours
+    with contextlib.suppress(BlockingIOError):  # others share it
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.unlink(missing_ok=True)  # before it is unlocked, when it is still ours
     os.close(descriptor)
 
 

@@ -43,6 +43,11 @@ class LayerInfo(Settings):
     width: Side
     pool: Side = 1
 
+    @property
+    def group_key(self) -> tuple[int, int]:
+        """Stride and channels: layers alike in both share an array."""
+        return self.stride, self.channels
+
 
 class Hashes(Settings):
     """What shaped the values (`feature`), what is held (`contents`) and how it is labelled (`labels`)."""

@@ -45,6 +45,7 @@ from satdifuser.store.shard_file import pack_shard
 
 Item = TypeVar("Item")
 Encoded = dict[str, dict[str, NDArray[np.generic]]]  # group to array name to (B, ...)
+CREATION_SECONDS = 60.0  # that another process may take to create a store
 NAN4, NAN6 = (float("nan"),) * 4, (float("nan"),) * 6
 
 
@@ -162,14 +163,53 @@ def _brief(attributes: Attributes, name: str) -> str:
     return f"{len(value)} layers" if name == "layers" else str(value)
 
 
-class StoreWriter:
-    """Fills a store; the only writer of its shards until it is closed, or a write has failed."""
+def create_unless_there(path: Path, attributes: Attributes) -> None:
+    """Create a store that several processes fill, each its own shards; the first one to come does it.
 
-    def __init__(self, path: Path, lock: StoreLock) -> None:
+    Raises:
+        StoreError: something else is at `path`, or it cannot be written.
+    """
+    try:
+        make_folder(path.parent)
+        with StoreLock(path, patience=CREATION_SECONDS):
+            if path.exists() and not is_store(path):
+                raise StoreError(f"{path}: exists and is not a feature store; choose another output path")
+            if not path.exists():
+                create_store(path.resolve(), attributes)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def open_part(path: Path, attributes: Attributes) -> StoreWriter:
+    """Open a store that other processes fill too, each its own shards.
+
+    Raises:
+        StoreError: the store was made with other settings, or a process that shares it with nobody has it.
+    """
+    lock = StoreLock(path, shared=True)
+    try:
+        _check_same(path, FeatureStore(path).attributes, attributes)
+        return StoreWriter(path, lock, alone=False)
+    except BaseException:
+        lock.release()
+        raise
+
+
+class StoreWriter:
+    """Fills a store until it is closed, or a write has failed; two writers never share a shard.
+
+    Args:
+        path: The store.
+        lock: What keeps others away; None in a worker, for which the process that sent it holds the lock.
+        alone: Whether nobody else writes to the store, so that what interrupted writes left may go.
+    """
+
+    def __init__(self, path: Path, lock: StoreLock | None, alone: bool = True) -> None:
         self._lock, self._path = lock, path
         self._store = FeatureStore(path)
         require_current(path, self._store.attributes)
-        remove_orphans(path)
+        if alone:
+            remove_orphans(path)
         self._files = DurableStore(path)
         self._root = zarr.open_group(self._files, mode="r+")
         self.attributes = self._store.attributes
@@ -196,7 +236,8 @@ class StoreWriter:
 
     def close(self) -> None:
         """Let others write to the store."""
-        self._lock.release()
+        if self._lock:
+            self._lock.release()
 
     def missing_shards(self) -> list[int]:
         """Shards without a commit record."""

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from made_up_maps import Mapped
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test never reaches for a model hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads of several processes slow each other down
@@ -39,3 +43,11 @@ def no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def mapped(tmp_path_factory: pytest.TempPathFactory) -> Mapped:
+    """A small scene with labels, features of it, and runs fitted on them."""
+    from made_up_maps import make_mapped
+
+    return make_mapped(tmp_path_factory.mktemp("mapped"))

@@ -29,6 +29,7 @@ from satdifuser.fuse.data import as_feature_maps
 from satdifuser.fuse.fit import fit
 from satdifuser.fuse.fusion import FeatureMaps, GlobalFusion, LocalizedFusion, MoEFusion
 from satdifuser.fuse.heads import LinearHead, UPerNetHead
+from satdifuser.fuse.inputs import named_inputs
 from satdifuser.fuse.network import Network
 from satdifuser.fuse.reference import export_reference, import_reference
 from satdifuser.fuse.reference_file import ReferenceConfig, read_checkpoint
@@ -172,7 +173,8 @@ def save(checkpoint: Any, path: Path) -> Path:
 
 def all_maps(store: FeatureStore) -> FeatureMaps:
     maps = store.maps(np.arange(store.attributes.tiles))
-    return as_feature_maps(store, {g: torch.from_numpy(values) for g, values in maps.items()}, None)
+    layers, inputs = store.attributes.layers, named_inputs(store, None, ["*"])
+    return as_feature_maps(layers, {g: torch.from_numpy(v) for g, v in maps.items()}, None, inputs)
 
 
 def logits(network: Network, maps: FeatureMaps, size: tuple[int, int] | None = None) -> Tensor:
@@ -213,7 +215,7 @@ def test_a_checkpoint_becomes_a_run_that_evaluate_measures(
     assert set(metrics) >= {"val", "test"}
     size = (32, 32) if task == "segmentation" else None
     expected = logits(make_network(fuser, task), all_maps(store), size)
-    network, statistics, _ = load_network(open_run(out), store)
+    network, statistics, _ = load_network(open_run(out))
     assert statistics is None
     assert torch.equal(logits(network, all_maps(store), size), expected)
     if task == "classification":
@@ -275,7 +277,7 @@ def test_recorded_logits_of_the_released_code(case: str, shared: Path, tmp_path:
     config = {"task": task, "fuser": "gw"} | {k: v for k, v in arguments.items() if k != "feature_dims"}
     file = save({"config": config, "decoder_net": state}, tmp_path / "c.pth")
     run = import_reference(file, tmp_path / "run", store)
-    found = logits(load_network(run, store)[0], all_maps(store), tile_size if segments else None)
+    found = logits(load_network(run)[0], all_maps(store), tile_size if segments else None)
     golden = arrays["out/logits"]
     assert np.abs(found.numpy() - golden).max() <= 1e-4 * np.abs(golden).max()
 
@@ -294,7 +296,7 @@ def test_a_run_tells_where_it_came_from(store: FeatureStore, tmp_path: Path) -> 
     assert len(origin["sha256"]) == 64
     assert origin["notes"] == ["it names no classes: they are taken to be in the store's order"]
     with torch.no_grad():
-        network = load_network(run, store)[0]
+        network = load_network(run)[0]
     assert not network.fusion.warming_up().any()
 
 
@@ -347,7 +349,7 @@ def test_weights_of_our_own_run_load_under_the_released_names(
 ) -> None:
     settings = FitSettings(projection=16, norm_groups=4, epochs=1, warmup_steps=0, device="cpu")
     run = fit(store, settings, fusion, 0, tmp_path / "run", new_outcome)
-    network, _, _ = load_network(run, store)
+    network, _, _ = load_network(run)
     parts = {"global": GlobalFusion, "localized": LocalizedFusion, "moe": MoEFusion}
     options = {"warmup_steps": 0} if fusion == "moe" else {}
     other = Network(parts[fusion](CHANNELS, 3, 16, 4, **options), LinearHead(16, 3)).eval()

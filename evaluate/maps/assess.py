@@ -20,14 +20,13 @@ from tqdm import tqdm
 
 from satdifuser.errors import LabelError, RunError
 from satdifuser.evaluate.maps.estimators import Accuracy, Estimate, estimate
+from satdifuser.evaluate.maps.map_file import CLASSES_TAG, MODEL_TAG, NODATA
 from satdifuser.fuse.run_folder import open_run
 from satdifuser.labels.classes import IGNORE
 from satdifuser.labels.label_file import LabelFile, Tally, explain_miss, open_labels
 from satdifuser.labels.settings import LabelSettings
 from satdifuser.store.georeference import Georeference, georeference_of, open_raster
 
-CLASSES_TAG, MODEL_TAG = "SATDIFUSER_CLASSES", "SATDIFUSER_MODEL_SHA256"
-NODATA = 255
 BLOCK = 1024  # px a side, read at once
 EARTH_RADIUS = 6_371_007.0  # m, of the sphere with the area of the earth
 HECTARE = 1e4  # m²

@@ -85,7 +85,7 @@ def inner_weights(run: Run, store: FeatureStore, rows: Indices) -> list[Floats]:
         RunError: the store does not hold the run's features, or its weights are damaged.
     """
     check_features(run, store)
-    network, statistics, settings = load_network(run, store)
+    network, statistics, settings = load_network(run)
     loader = MapLoader(store, rows, settings, next(network.parameters()).device, run_inputs(run, store))
     with torch.no_grad():
         parts = [

@@ -24,6 +24,7 @@ from satdifuser.labels.classes import IGNORE
 from satdifuser.labels.spatial import draw_partitions, leak_warning, splits_asked
 from satdifuser.labels.splits import Split
 from satdifuser.store.georeference import Georeference
+from satdifuser.store.place import crosses_antimeridian
 from satdifuser.store.schema import DEFAULT_PARTITION
 
 
@@ -102,7 +103,7 @@ class ScenesSource:
             if self.settings.on_error == "fail":
                 raise
             return [replace(image, tile_id=f"{scene.stem}/0_0", window=(0, 0, *self.tile_size))]
-        header = self._told(header)
+        header = told_header(header, self.settings)
         grid = check_placed(scene, header)
         if self.labels:
             self.labels.check_overlap(scene, grid, header.size)
@@ -114,15 +115,6 @@ class ScenesSource:
         kept = [chip for chip in chips if chip.valid_share >= self.settings.min_valid]
         self.left_out += len(chips) - len(kept)
         return kept
-
-    def _told(self, header: Header) -> Header:
-        """A header with what the settings say instead of its tags."""
-        date, cloud_cover = self.settings.date, self.settings.cloud_cover
-        return replace(
-            header,
-            date=header.date if date is None else date,
-            cloud_cover=header.cloud_cover if cloud_cover is None else cloud_cover,
-        )
 
     def read(self, record: TileRecord) -> Tile:
         """Read one tile, all bands, with its labels if there are any.
@@ -158,6 +150,16 @@ def list_scenes(root: Path) -> list[Path]:
     return scenes
 
 
+def told_header(header: Header, settings: ScenesSettings) -> Header:
+    """A header with what the settings say instead of its tags."""
+    date, cloud_cover = settings.date, settings.cloud_cover
+    return replace(
+        header,
+        date=header.date if date is None else date,
+        cloud_cover=header.cloud_cover if cloud_cover is None else cloud_cover,
+    )
+
+
 def in_partitions(chip: TileRecord, splits: dict[str, Split]) -> TileRecord:
     """A tile with its split in each partition, the first for use; the only, default one needs no name."""
     first = next(iter(splits.values()))
@@ -165,9 +167,19 @@ def in_partitions(chip: TileRecord, splits: dict[str, Split]) -> TileRecord:
 
 
 def check_placed(scene: Path, header: Header) -> Georeference:
-    """Return CRS and transform of a scene, raise SourceError if it has none."""
+    """Return CRS and transform of a scene.
+
+    Raises:
+        SourceError: it has none, or reaches across the antimeridian.
+    """
     if header.georeference is None:
         raise SourceError(
             f"{scene}: no CRS or transform; georeference it, or use source.kind: folder for plain images"
         )
-    return header.georeference
+    place = header.georeference
+    if crosses_antimeridian(place, header.size):
+        raise SourceError(
+            f"{scene}: reaches across the antimeridian (180 degrees east or west) or around a pole, where "
+            "longitudes leap; cut it there into two scenes, e.g. by `gdal_translate -projwin`"
+        )
+    return place

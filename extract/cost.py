@@ -1,0 +1,47 @@
+"""What a shard cost, for its commit record."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from satdifuser.extract.compute import Work
+from satdifuser.extract.device import device_name
+from satdifuser.store.energy import EnergyMeter
+
+
+class ShardCost:
+    """Wall seconds and energy since it was made, or since the last note.
+
+    Args:
+        work: Says on which device.
+        alone: Whether no other worker uses the CPU, so that its counters tell of this work.
+    """
+
+    def __init__(self, work: Work, alone: bool = True) -> None:
+        self._device, self._batch = work.extractor.backbone.device, work.batch_size
+        gpu = gpu_uuid(self._device)
+        self._meter = EnergyMeter(gpu) if gpu or alone else None
+        self._seconds, self._joules = time.monotonic(), 0.0
+
+    def note(self) -> dict[str, Any]:
+        """Facts for the commit record; begins anew."""
+        now, joules = time.monotonic(), self._meter.joules() if self._meter else None
+        note: dict[str, Any] = {
+            "seconds": round(now - self._seconds, 3),
+            "batch_size": self._batch,
+            "device": device_name(self._device),
+        }
+        if joules is not None:
+            note["joules"], self._joules = round(joules - self._joules, 3), joules
+        self._seconds = now
+        return note
+
+
+def gpu_uuid(device: torch.device) -> str | None:
+    """The UUID of a GPU; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    return str(torch.cuda.get_device_properties(device).uuid)

@@ -1,0 +1,184 @@
+"""What a worker of a Dask cluster does: load the backbone once, then extract and commit whole shards.
+
+It sets threads, batch and dtype as the store has them, whatever Dask set before, so that its bits are those
+of any other worker. Two shards may be under way: one is written while the backbone computes the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from contextlib import closing
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.resources import files
+from itertools import chain, islice
+from pathlib import Path
+from threading import BoundedSemaphore, Lock
+
+import torch
+
+from satdifuser.errors import ClusterError, StoreError
+from satdifuser.extract.backbone import LoadedModel, find_backbone
+from satdifuser.extract.background import Background
+from satdifuser.extract.compute import Work, compute_shard, without_labels
+from satdifuser.extract.cost import ShardCost
+from satdifuser.extract.device import fix_arithmetic, resolve_device
+from satdifuser.extract.job import Job
+from satdifuser.extract.loading import prepare_work
+from satdifuser.extract.metadata import collect_metadata
+from satdifuser.extract.reading import read_ahead
+from satdifuser.extract.sources import Source, open_source
+from satdifuser.extract.sources.tile import TileRecord
+from satdifuser.extract.value_range import ValueRange
+from satdifuser.store.schema import LayerInfo
+from satdifuser.store.writer import StoreWriter
+
+PACKAGES = ("satdifuser", "torch", "diffusers", "numpy")  # that make the last bits
+_loading, _computing, _under_way = Lock(), Lock(), BoundedSemaphore(2)
+_loaded: dict[str, tuple[Work, Source]] = {}  # of the one extraction that this process works for
+
+
+@dataclass(frozen=True)
+class Order:
+    """What every worker of an extraction is told."""
+
+    key: str  # of this run of the extraction
+    out: str  # the store's folder
+    store_id: str
+    job: Job
+    image_size: tuple[int, int]
+    layers: list[LayerInfo]
+    per_shard: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A shard that was committed."""
+
+    shard: int
+    tiles: int
+    seconds: float
+    worker: str
+    warning: str  # of its values
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a worker runs on."""
+
+    device: str  # cpu or cuda
+    cores: int
+
+
+def own_versions() -> dict[str, str]:
+    """Versions of what makes the last bits of features, and a digest of this package's code."""
+    digest = hashlib.sha256()
+    package = Path(str(files("satdifuser")))
+    for room in ("extract", "store"):
+        for file in sorted((package / room).rglob("*.py")):
+            digest.update(file.read_bytes())
+    found = {"python": ".".join(platform.python_version_tuple()[:2]), "code": digest.hexdigest()[:12]}
+    return found | {name: version(name) for name in PACKAGES}
+
+
+def check_versions(expected: dict[str, str]) -> None:
+    """Refuse to work for a process with another version of this package, or of what it computes with.
+
+    Raises:
+        ClusterError: naming the worker and what differs.
+    """
+    own = own_versions()
+    differing = [
+        f"{name} {own.get(name)} instead of {wanted}"
+        for name, wanted in expected.items()
+        if own.get(name) != wanted
+    ]
+    if differing:
+        raise ClusterError(
+            f"worker {worker_name()} has {', '.join(differing)}; its features could differ in their last "
+            "bits: install the same versions everywhere and start the workers anew"
+        )
+
+
+def worker_name() -> str:
+    """The name of the Dask worker that runs this; the host outside of one."""
+    from distributed import get_worker
+
+    try:
+        return str(get_worker().name)
+    except ValueError:
+        return platform.node()
+
+
+def survey(versions: dict[str, str], asked: str) -> Machine:
+    """Say what this worker runs on, for a device that is asked for or ``auto``."""
+    check_versions(versions)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(resolve_device(asked).type, cores)
+
+
+def prepare(order: Order, first: TileRecord) -> tuple[int, LoadedModel]:
+    """Load the backbone: the batch size, found by trial where it was open, and what identifies it."""
+    check_versions(order.versions)
+    work, _ = _work_of(order, [first])
+    return work.batch_size, work.extractor.backbone.loaded
+
+
+def extract_shard(order: Order, shard: int, records: list[TileRecord]) -> Report:
+    """Extract one shard and commit it.
+
+    Raises:
+        ClusterError: this worker has other versions.
+        StoreError: the store is another one by now, or cannot be written.
+        SatDiFuserError: a tile cannot be used.
+    """
+    check_versions(order.versions)
+    with _under_way:
+        work, source = _work_of(order, records)
+        if order.job.backbone_settings.metadata:
+            work = replace(work, metadata=collect_metadata(records, order.image_size))
+        fix_arithmetic(int(order.job.settings.threads))  # of this thread
+        values = ValueRange(order.job.images)
+        with closing(read_ahead(order.job, source, order.image_size, records)) as tiles:
+            begun = chain(list(islice(tiles, 1)), tiles)  # reading begins while another shard is computed
+            with _computing, Background("encode") as encoding:
+                cost = ShardCost(work, alone=False)
+                computed = compute_shard(work, begun, len(records), values, encoding, encoding.check)
+        rows, batches, facts = computed.finish()
+        writer = _writer(order)
+        if writer.attributes.labelled:
+            rows = without_labels(rows)
+        note = cost.note() | facts
+        writer.write_shard(shard, rows, batches, note)
+    return Report(shard, len(records), note["seconds"], worker_name(), values.warning())
+
+
+def _work_of(order: Order, records: list[TileRecord]) -> tuple[Work, Source]:
+    """The loaded backbone and the source, opened once in this process."""
+    with _loading:
+        if order.key not in _loaded:
+            _loaded.clear()
+            info, job = find_backbone(order.job.backbone_settings), _placed(order.job)
+            work = prepare_work(job, info, order.image_size, order.layers, records, order.per_shard)
+            _loaded[order.key] = work, open_source(job.source_settings)
+        return _loaded[order.key]
+
+
+def _placed(job: Job) -> Job:
+    """The job on a GPU of its own, where this worker sees several and has a number for a name."""
+    name, gpus = worker_name(), torch.cuda.device_count()
+    if job.backbone_settings.device != "cuda" or gpus < 2 or not name.isdecimal():
+        return job
+    backbone = job.backbone_settings.model_copy(update={"device": f"cuda:{int(name) % gpus}"})
+    return replace(job, backbone_settings=backbone)
+
+
+def _writer(order: Order) -> StoreWriter:
+    """Open the store, for which the process that sent the order holds the lock."""
+    writer = StoreWriter(Path(order.out), lock=None, alone=False)
+    if writer.attributes.store_id != order.store_id:
+        raise StoreError(f"{order.out}: is another store by now; this shard is not written to it")
+    return writer
