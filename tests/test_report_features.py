@@ -189,7 +189,8 @@ def test_what_needs_the_store_says_why_it_is_missing_and_where_to_say_where_it_i
     paths = [run.path for run in runs.values()]
     try:
         page = Page(write_report(paths, tmp_path / "r.html", ""))
-        assert len(re.findall(r"Not shown: .*scenes\.zarr: no such store", page.words)) == 3
+        told = r"Not shown: .*scenes\.zarr: no such store; if it was moved, name where it is with --store"
+        assert len(re.findall(told, page.words)) == 3
         assert re.search(r"store\s*not at hand: .*scenes\.zarr: no such store", page.words)
         assert len(re.findall("Not shown: the store is not at hand, or holds no previews", page.words)) >= 1
         assert "<h4>Weights of the global fusion</h4>" in page.source
