@@ -302,9 +302,9 @@ def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
 
 def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
     """Bring a model to its device; a GPU convolves fastest with the channels last."""
-    placed = model.to(device, dtype)
     on_gpu = device.type == "cuda"
-    return placed.to(memory_format=torch.channels_last) if on_gpu else placed  # type: ignore[call-overload]
+    placed: Any = model.to(device, dtype)
+    return placed.to(memory_format=torch.channels_last) if on_gpu else placed
 
 
 def load_unet(folder: Path, metadata: bool) -> Any:

@@ -79,14 +79,14 @@ class CompiledTaps:
         self._outputs.clear()
         return [values[: len(x)] for values in maps]
 
-    def _filled(self, x: Tensor, t: Tensor, conditions: Conditions) -> tuple[Any, ...]:
+    def _filled(self, x: Tensor, t: Tensor, conditions: Conditions) -> list[Any]:
         """The inputs of a graph, with as many images as it takes."""
         size = self._images
         while size // 2 >= len(x):
             size //= 2
         rows = torch.arange(size, device=x.device).clamp(max=len(x) - 1)
         parts = (x, t, conditions.prompt, conditions.metadata)
-        return tuple(part if part is None or len(part) == size else part[rows] for part in parts)
+        return [part if part is None or len(part) == size else part[rows] for part in parts]
 
     def features(self) -> list[Tensor]:
         """Maps of the last `output`, in layer order: (B, C, H, W)."""

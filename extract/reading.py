@@ -41,7 +41,7 @@ class ReadTile:
 
 def read_ahead(
     job: Job, source: Source, image_size: tuple[int, int], records: Sequence[TileRecord], batches: int = 2
-) -> Generator[ReadTile, None, None]:
+) -> Generator[ReadTile]:
     """Yield tiles in order while threads read those of the next batches.
 
     Args:
