@@ -6,6 +6,7 @@
     store = satdifuser.open_store("eurosat.zarr")   # any time later, on any machine
     store.tiles                                     # pandas table of the tiles
     store.pooled(timestep=61, layer="up_blocks.1.*attn1")   # xarray (tile, channel)
+    satdifuser.label(store, "fields.gpkg", column="crop")   # polygons or points, now or later
     run = satdifuser.fit(store, fusion="global")
     run.metrics
 

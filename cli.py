@@ -304,6 +304,9 @@ def label(store: Location, labels: Path, config: Path | None, overrides: tuple[s
 @store_argument
 @pipeline_options
 @click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Train with the seeds 0 … N-1.")
+@click.option("--labels", metavar="1%,10%", help="Learn from few labels: shares of the training tiles.")
+@click.option("--shots", metavar="1,5", help="… or so many training tiles of each class.")
+@click.option("--draws", type=click.IntRange(min=1), metavar="N", help="Draw few labels so often.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the runs.")
 @overwrite_option
 def fit(
@@ -311,6 +314,9 @@ def fit(
     config: Path | None,
     overrides: tuple[str, ...],
     seeds: int | None,
+    labels: str | None,
+    shots: str | None,
+    draws: int | None,
     out: Path | None,
     overwrite: bool,
 ) -> None:
@@ -322,8 +328,9 @@ def fit(
     from satdifuser.pipeline import fit_all
     from satdifuser.store.reader import open_store
 
-    asked = (f"fit.seeds={list(range(seeds))}",) if seeds else ()
-    pipeline = _load(config, (*overrides, *asked))
+    asked = {"seeds": list(range(seeds)) if seeds else None, "labels": labels, "shots": shots, "draws": draws}
+    named = [f"fit.{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
+    pipeline = _load(config, (*overrides, *named))
     folder = out or pipeline.output / "runs"
     _check_output(folder, "output (-o)")
     runs = fit_all(open_store(store), pipeline, folder, overwrite)

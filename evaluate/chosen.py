@@ -43,14 +43,16 @@ def choose_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def best_of_each(folders: Sequence[Path]) -> list[Path]:
-    """Of each fusion and baseline of a store the runs (all seeds) that are best on val, in the order given.
+    """Of each fusion, baseline and number of labels the runs (all seeds) that are best on val, in order.
 
     So the reported split is read for one set of settings each, and it has no part in their choice.
     """
     best: dict[str, list[Run]] = {}
     for group in group_seeds(open_measured(folders, "val")):
         info = group[0].info
-        kind = json.dumps([info["kind"], info["fusion"], info["store"]["hashes"], group[0].partition])
+        fit = info.get("fit", {})
+        labels = [group[0].partition, fit.get("labels"), fit.get("shots")]
+        kind = json.dumps([info["kind"], info["fusion"], info["store"]["hashes"], *labels])
         if kind not in best or mean(group, "val") > mean(best[kind], "val"):
             best[kind] = group
     kept = {run.path for group in best.values() for run in group}

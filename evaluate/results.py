@@ -134,14 +134,15 @@ def group_seeds(runs: Sequence[Run]) -> list[list[Run]]:
         info = run.info
         same = [info["kind"], info["fusion"], info["head"], info["parameters"], info["timesteps"]]
         same += [[layer["name"] for layer in info["layers"]], info["store"]["hashes"]]
-        same.append({k: v for k, v in info.get("fit", {}).items() if k not in (*OF_A_SWEEP, *WHEREABOUTS)})
+        apart = (*OF_A_SWEEP, *WHEREABOUTS, "draw")
+        same.append({k: v for k, v in info.get("fit", {}).items() if k not in apart})
         if info["kind"] == "baseline" or "reference" in info:  # imported: more than the seed may differ
             same.append(info["name"])
         groups.setdefault(json.dumps(same), []).append(run)
     result: list[list[Run]] = []
     for group in groups.values():
         # a seed twice means that something else differs, which an average would hide
-        repeated = len({run.info["seed"] for run in group}) < len(group)
+        repeated = len({seed_and_draw(run.info) for run in group}) < len(group)
         result.extend([[run] for run in group] if repeated else [group])
     return result
 
@@ -193,9 +194,17 @@ def summarise(group: Sequence[Run], split: str | None = None) -> dict[str, Any]:
 
 
 def name_of_seeds(info: dict[str, Any]) -> str:
-    """One name for runs that differ only in their seed: that of a sweep's folders, else fusion and head."""
-    name, seed = str(info["name"]), f"-seed{info['seed']}"
-    return name.removesuffix(seed) if name.endswith(seed) else f"{info['fusion']} + {info['head']}"
+    """One name for runs that differ in seed and draw: that of a sweep's folders, else fusion and head."""
+    seed, draw = seed_and_draw(info)
+    name, ending = str(info["name"]), f"-seed{seed}"
+    if not name.endswith(ending):
+        return f"{info['fusion']} + {info['head']}"
+    return name.removesuffix(ending).removesuffix(f"-draw{draw}")
+
+
+def seed_and_draw(info: dict[str, Any]) -> tuple[int | None, int]:
+    """What runs that are averaged may differ in."""
+    return info["seed"], info.get("fit", {}).get("draw", 0)
 
 
 def format_cells(table: pd.DataFrame) -> list[dict[str, str]]:

@@ -303,7 +303,8 @@ def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
 def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
     """Bring a model to its device; a GPU convolves fastest with the channels last."""
     on_gpu = device.type == "cuda"
-    return model.to(device, dtype, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
+    placed: Any = model.to(device, dtype)
+    return placed.to(memory_format=torch.channels_last) if on_gpu else placed
 
 
 def load_unet(folder: Path, metadata: bool) -> Any:

@@ -141,7 +141,8 @@ def _send(client: Any, order: Order, records: Sequence[Any], bar: tqdm[NoReturn]
         return client.submit(extract_shard, order, shard, held, key=f"shard-{shard}-{token}")
 
     def window() -> int:
-        return 2 * max(1, sum(client.ncores().values()))
+        cores: int = sum(client.ncores().values())
+        return 2 * max(1, cores)
 
     rates: dict[str, tuple[int, float]] = {}
     warned, sent = False, min(window(), len(waiting))

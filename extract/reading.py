@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,7 +41,7 @@ class ReadTile:
 
 def read_ahead(
     job: Job, source: Source, image_size: tuple[int, int], records: Sequence[TileRecord], batches: int = 2
-) -> Iterator[ReadTile]:
+) -> Generator[ReadTile]:
     """Yield tiles in order while threads read those of the next batches.
 
     Args:

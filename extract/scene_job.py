@@ -126,7 +126,7 @@ def scene_features(
     first = tile_record(scene.path, scene.header, grid, grid.tops[0], grid.lefts[0])
     work = prepare_work(job, info, image_size, layers, [first], MAX_TILES_PER_SHARD)
     features = SceneFeatures(work, scene.path, scene.header, grid, source.nodata)
-    return features, feature_identity(work.job, work.extractor.backbone, image_size, size)
+    return features, feature_identity(work.job, info, work.extractor.backbone.loaded, image_size, size)
 
 
 def scenes_settings(settings: SourceSettings) -> ScenesSettings:

@@ -22,11 +22,13 @@ from satdifuser.fuse.inputs import Inputs, Statistics, named_inputs
 from satdifuser.fuse.settings import TrainingSettings
 from satdifuser.store.batches import BatchReader
 from satdifuser.store.encoding import Floats
+from satdifuser.store.few_labels import Budget, class_presence, draw_labelled
 from satdifuser.store.layout import UNLABELLED
 from satdifuser.store.reader import FeatureStore, Indices, Stored
 from satdifuser.store.schema import LayerInfo, group_layers
 
 STATISTICS_TILES = 256
+DRAW_SEED = 0  # few labels: every seed of a training, and every probe, learns from the same draws
 LOADED_AT_ONCE = 64  # tiles on their way to the device
 Tensors = dict[str, dict[str, Tensor]]
 """Group name to array name to (B, T, L, …), as kept; see `satdifuser.store.reader.Stored`."""
@@ -157,6 +159,22 @@ class TrainingData:
     def statistics(self) -> Statistics | None:
         """Mean and spread of the features to learn from; None where they are taken as they are."""
         return self.train.statistics() if self.settings.normalise else None
+
+    def training_positions(self, budget: Budget, draw: int) -> Indices:
+        """Positions in `train` of the tiles whose labels may be used.
+
+        Raises:
+            SettingsError: a class has too few tiles for the budget.
+            StoreError: the tiles have one class only, or none.
+        """
+        rows = self.train.rows
+        return np.flatnonzero(np.isin(rows, draw_labelled(self.store, rows, budget, DRAW_SEED, draw)))
+
+    def unseen_classes(self, positions: Indices) -> list[str]:
+        """Classes of val that none of some training tiles has."""
+        seen = class_presence(self.store, self.train.rows[positions]).any(axis=0)
+        wanted = class_presence(self.store, self.val.rows).any(axis=0)
+        return [str(self.store.attributes.classes[c]) for c in np.flatnonzero(wanted & ~seen)]
 
     def _load(self, split: str) -> MapLoader:
         rows = labelled(self.store, split, self.settings.partition)

@@ -6,6 +6,7 @@ What was finished before is kept, what was interrupted goes on with its next epo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -119,6 +120,7 @@ def _rounds(
     common = candidates[0].settings
     inputs = join_inputs(store, [choose_inputs(store, one.settings) for one in candidates])
     data = TrainingData(store, common, inputs)
+    warned: list[str] = []
     for _, same in groupby(sorted(candidates, key=_batches), key=_batches):
         waiting: list[Training] = []
         for one in same:
@@ -128,12 +130,23 @@ def _rounds(
                 yield waiting
                 waiting = []
             waiting.append(training)
+        unseen = data.unseen_classes(waiting[0].positions)
+        if unseen and unseen != warned:
+            warned = unseen
+            tqdm.write(_unseen_warning(store, unseen, waiting[0].settings), file=sys.stderr)
         yield waiting
 
 
-def _batches(candidate: Candidate) -> int:
+def _unseen_warning(store: FeatureStore, unseen: list[str], settings: FitSettings) -> str:
+    return (
+        f"warning: {store.path}: val holds {', '.join(unseen)}, but no training tile does (labels: "
+        f"{settings.budget}): it will never be predicted; move tiles to train, or ask for more labels"
+    )
+
+
+def _batches(candidate: Candidate) -> tuple[str, int, int]:
     """What decides which tiles a training sees when."""
-    return candidate.seed
+    return str(candidate.settings.budget), candidate.settings.draw, candidate.seed
 
 
 def _train(

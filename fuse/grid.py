@@ -11,7 +11,6 @@ from typing import Any
 
 from satdifuser.fuse.inputs import Inputs, choose_inputs
 from satdifuser.fuse.settings import (
-    OF_A_SWEEP,
     FitSettings,
     FusionName,
     SweepSettings,
@@ -19,6 +18,7 @@ from satdifuser.fuse.settings import (
     are_lists,
     are_values,
 )
+from satdifuser.store.few_labels import ALL_LABELS, Budget, parse_budgets
 from satdifuser.store.reader import FeatureStore
 
 LONGEST = 40  # characters of a list in a folder's name
@@ -37,28 +37,42 @@ class Candidate:
 def expand(settings: SweepSettings, store: FeatureStore) -> list[Candidate]:
     """The candidates of a sweep, in the order of its lists; what differs in nothing counts once.
 
-    A name tells the fusion, every setting of which the sweep has several values, and the seed. `single`
-    becomes one candidate for each timestep and kind of layer, as in the paper.
+    A name tells the fusion, every setting of which the sweep has several values, the draw where there are
+    several, and the seed. `single` becomes a candidate for each timestep and kind of layer, as in the paper.
 
     Raises:
         SettingsError: the store does not hold a timestep, or no layer matches a pattern.
     """
-    lists = {
+    lists: dict[str, Any] = {
         "head": settings.head if are_values(settings.head) else [settings.head],
         "lr": settings.lr if are_values(settings.lr) else [settings.lr],
         "layers": settings.layers if are_lists(settings.layers) else [settings.layers],
         "timesteps": settings.timesteps if are_lists(settings.timesteps) else [settings.timesteps],
+        "budget": parse_budgets(settings.labels, settings.shots),
     }
     varied = [name for name, values in lists.items() if len(values) > 1]
     shared = {name: getattr(settings, name) for name in TrainingSettings.model_fields}
     found: dict[str, Candidate] = {}
-    for fusion, *values in itertools.product(settings.fusion, *lists.values()):
-        asked = FitSettings(**shared, **dict(zip(lists, values, strict=True)))
-        for one, told in variants(fusion, asked, varied, store):
-            for seed in settings.seeds:
-                candidate = Candidate("-".join([fusion, *told, f"seed{seed}"]), fusion, seed, one)
-                found.setdefault(candidate.name, candidate)
+    for fusion, *values, budget in itertools.product(settings.fusion, *lists.values()):
+        asked = dict(zip(lists, values, strict=False)) | few_labels(budget)
+        for one, told in variants(fusion, FitSettings(**shared, **asked), varied, store):
+            for draw, seed in itertools.product(draws_of(budget, settings), settings.seeds):
+                drawn = [f"draw{draw}"] if len(draws_of(budget, settings)) > 1 else []
+                name = "-".join([fusion, *told, *drawn, f"seed{seed}"])
+                found.setdefault(name, Candidate(name, fusion, seed, one.model_copy(update={"draw": draw})))
     return list(found.values())
+
+
+def few_labels(budget: Budget) -> dict[str, str]:
+    """The settings of one budget."""
+    if budget == ALL_LABELS:
+        return {}
+    return {"shots": str(budget.shots)} if budget.shots else {"labels": str(budget)}
+
+
+def draws_of(budget: Budget, settings: SweepSettings) -> range:
+    """The draws of a budget: one where they are all the same."""
+    return range(settings.draws if budget.is_drawn else 1)
 
 
 def variants(
@@ -88,6 +102,8 @@ def kind_of(layer: str) -> str:
 
 def describe(name: str, value: Any) -> str:
     """A setting as part of a folder's name."""
+    if name == "budget":
+        return str(value).replace("%", "pct").replace(" ", "")
     if name == "timesteps":
         return f"t{value}" if value == "all" else "t" + "_".join(map(str, value))
     if name != "layers":
@@ -99,5 +115,9 @@ def describe(name: str, value: Any) -> str:
 
 def sweep_section(candidate: Candidate) -> dict[str, Any]:
     """The section `fit` of a pipeline file that trains this candidate alone."""
-    own = candidate.settings.model_dump(mode="json")
-    return dict(zip(OF_A_SWEEP, ([candidate.fusion], [candidate.seed]), strict=True)) | own
+    own = candidate.settings.model_dump(mode="json", exclude={"draw"})
+    return {
+        "fusion": [candidate.fusion],
+        "seeds": [candidate.seed],
+        "draws": candidate.settings.draw + 1,
+    } | own

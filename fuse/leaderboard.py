@@ -27,8 +27,8 @@ def standings(
         at_work: Trainings that are not finished, or just.
 
     Returns:
-        Columns run, fusion, head, lr, timesteps, layers, seed, metric, val, best_epoch, epochs, seconds,
-        done.
+        Columns run, fusion, head, lr, timesteps, layers, labels, draw, seed, metric, val, best_epoch,
+        epochs, seconds, done.
     """
     tasks = {run.info["task"] for run in done.values()} | {str(t.store.attributes.task) for t in at_work}
     progress = {name: (run.info, True) for name, run in done.items()}
@@ -52,6 +52,8 @@ def standing(candidate: Candidate, progress: Mapping[str, Any], done: bool, metr
         "lr": settings.lr,
         "timesteps": timesteps if timesteps == "all" else " ".join(map(str, timesteps)),
         "layers": " ".join(settings.layers),
+        "labels": str(settings.budget),
+        "draw": settings.draw,
         "seed": candidate.seed,
         "metric": metric,
         "val": history[best - 1]["val"][metric],

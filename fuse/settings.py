@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from satdifuser.errors import SettingsError
+from satdifuser.store.few_labels import Budget, parse_budgets
 from satdifuser.store.settings import Settings
 
 FusionName = Literal["single", "concatenation", "global", "localized", "moe"]
@@ -53,7 +54,7 @@ PatternLists = Annotated[Annotated[Patterns, ONE] | Annotated[list[Patterns], SE
 TimestepLists = Annotated[Annotated[Timesteps, ONE] | Annotated[list[Timesteps], SEVERAL], BY_LIST]
 
 
-OF_A_SWEEP = ("fusion", "seeds")
+OF_A_SWEEP = ("fusion", "seeds", "draws")
 """Settings of a sweep that a network is told apart by; they stand beside its own settings in run.json."""
 
 
@@ -105,6 +106,7 @@ class TrainingSettings(Settings):
     final_lr: PositiveFloat = 1e-5
     weight_decay: NonNegativeFloat = 0.0
     patience: PositiveInt = 10
+    min_steps: PositiveInt = 32
     normalise: bool = True
     reference_slicing: bool = False
     memory_gb: NonNegativeFloat = 4.0
@@ -144,6 +146,14 @@ class FitSettings(TrainingSettings):
     lr: PositiveFloat = 0.004
     layers: Patterns = Field(default=["*"])
     timesteps: Timesteps = "all"
+    labels: str = ""
+    shots: str = ""
+    draw: NonNegativeInt = 0
+
+    @property
+    def budget(self) -> Budget:
+        """How many labels may be used."""
+        return parse_budgets(self.labels, self.shots)[0]
 
 
 class SweepSettings(TrainingSettings):
@@ -154,7 +164,22 @@ class SweepSettings(TrainingSettings):
     lr: Rates = 0.004
     layers: PatternLists = Field(default=["*"])
     timesteps: TimestepLists = "all"
+    labels: str = ""
+    shots: str = ""
+    draws: PositiveInt = 1
     seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
+
+    @field_validator("shots", mode="before")
+    @classmethod
+    def as_text(cls, value: Any) -> Any:
+        """One number alone is read as such by YAML."""
+        return str(value) if isinstance(value, int) else value
+
+    @field_validator("labels", "shots")
+    @classmethod
+    def check_budgets(cls, text: str, info: ValidationInfo) -> str:
+        parse_budgets(**{str(info.field_name): text})
+        return text
 
     @field_validator("fusion", "head", "lr", "layers", "timesteps", "seeds")
     @classmethod

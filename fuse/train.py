@@ -29,6 +29,7 @@ from satdifuser.fuse.inputs import Inputs, Statistics, choose_inputs, named_inpu
 from satdifuser.fuse.network import OURS, Network, Variant, build_network, choose_head, choose_widths
 from satdifuser.fuse.run_folder import Run, load_weights
 from satdifuser.fuse.settings import OF_A_SWEEP, FitSettings, FusionName
+from satdifuser.store.few_labels import ALL_LABELS
 from satdifuser.store.place import typical_pixel_size
 from satdifuser.store.reader import FeatureStore
 
@@ -67,6 +68,7 @@ class Training:
         self.inputs = choose_inputs(data.store, settings)
         whole = data.statistics
         self.statistics = None if whole is None else self.inputs.statistics_of(data.inputs, whole)
+        self.positions = data.training_positions(settings.budget, settings.draw)
         torch.manual_seed(candidate.seed)
         self.device = choose_device(settings.device)
         self.network = new_network(data.store, self.inputs, settings, candidate.fusion).to(self.device)
@@ -84,6 +86,16 @@ class Training:
     def is_over(self) -> bool:
         """Whether all epochs are trained, or none of the last ones was better."""
         return self.epoch >= self.settings.epochs or self.epoch - self.best_epoch > self.settings.patience
+
+    @property
+    def order_seed(self) -> list[int]:
+        """What the order of this epoch's tiles is drawn from."""
+        return [self.candidate.seed, self.epoch]
+
+    @property
+    def min_steps(self) -> int:
+        """Steps of an epoch at least: few labelled tiles are seen several times."""
+        return 0 if self.settings.budget == ALL_LABELS else self.settings.min_steps
 
     @property
     def bytes(self) -> int:
@@ -163,7 +175,11 @@ class Training:
         facts = describe_run(
             self.store, self.inputs, one.settings, one.fusion, one.seed, self.network, self.best
         )
-        return facts | self.progress()
+        tiles = {
+            "train_tiles": len(self.positions),
+            "unseen_classes": self.data.unseen_classes(self.positions),
+        }
+        return facts | tiles | self.progress()
 
     def progress(self) -> dict[str, Any]:
         """How far it is; a part of run.json."""
@@ -178,13 +194,13 @@ def run_epoch(trainings: Sequence[Training], new_scorer: NewScorer) -> None:
     """Train one epoch of each on the same batches, and measure them on validation.
 
     Args:
-        trainings: Of the same data, seed and batch size, with as many epochs behind them.
+        trainings: Of the same data, tiles, seed and batch size, with as many epochs behind them.
         new_scorer: Measures predictions.
     """
     began = time.monotonic()
     first = trainings[0]
     data, size = first.data, first.settings.batch_size
-    order = training_order(len(data.train.rows), size, [first.candidate.seed, first.epoch])
+    order = first.positions[training_order(len(first.positions), size, first.order_seed, first.min_steps)]
     steps = -(-len(order) // size)
     for step, (maps, targets) in enumerate(data.train.labelled_batches(order, size, data.statistics)):
         for training in trainings:
@@ -280,10 +296,16 @@ def mask_size(targets: Tensor) -> tuple[int, int] | None:
     return None if targets.ndim < 3 else (targets.shape[-2], targets.shape[-1])
 
 
-def training_order(tiles: int, batch_size: int, seed: list[int]) -> NDArray[np.intp]:
-    """A shuffled order of tiles; a last batch of one tile is left out, since batch norm needs two."""
-    order: NDArray[np.intp] = np.random.default_rng(seed).permutation(tiles)
-    return order[:-1] if tiles > 1 and tiles % batch_size == 1 else order
+def training_order(tiles: int, batch_size: int, seed: list[int], min_steps: int = 0) -> NDArray[np.intp]:
+    """A shuffled order of tiles, all of them as often as `min_steps` batches need.
+
+    A last batch of one tile is left out, since batch norm needs two.
+    """
+    generator = np.random.default_rng(seed)
+    rounds = max(1, -(-min_steps * batch_size // tiles))
+    order: NDArray[np.intp] = np.concatenate([generator.permutation(tiles) for _ in range(rounds)])
+    order = order[: max(tiles, min_steps * batch_size)]
+    return order[:-1] if len(order) > 1 and len(order) % batch_size == 1 else order
 
 
 def new_network(

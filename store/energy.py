@@ -1,7 +1,7 @@
 """What a piece of work cost in energy, where the machine shows it.
 
-A GPU counts its own (NVML, through the package nvidia-ml-py if it is installed); Intel and AMD CPUs count that
-of each package (RAPL in Linux's powercap, on most systems for root alone).
+A GPU counts its own (NVML, through the package nvidia-ml-py if it is installed); Intel and AMD CPUs count
+that of each package (RAPL in Linux's powercap, on most systems for root alone).
 """
 
 from __future__ import annotations

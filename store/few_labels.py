@@ -166,7 +166,8 @@ def class_presence(store: FeatureStore, rows: Indices) -> Presence:
     targets = store.targets(rows)
     if targets is None:
         raise StoreError(f"{store.path}: holds no targets; extract again from a source with labels")
-    return targets == 1 if task == "multilabel" else targets[:, None] == classes
+    present: Presence = targets == 1 if task == "multilabel" else targets[:, None] == classes
+    return present
 
 
 def check_classes_differ(store: FeatureStore, present: Presence) -> None:
@@ -233,7 +234,9 @@ def draw_tiles(
 
 def _check_shots(present: Presence, budget: Budget, names: Sequence[str]) -> None:
     totals = present.sum(axis=0)
-    short = [f"{names[c]} has {totals[c]}" for c in np.flatnonzero((totals > 0) & (totals < budget.shots))]
+    short = [
+        f"{names[c]} has {totals[c]}" for c in np.flatnonzero((totals > 0) & (totals < budget.shots)).tolist()
+    ]
     if short:
         raise SettingsError(
             f"shots: {budget} of each class, but there are fewer training tiles: {', '.join(short)}; ask for "
@@ -245,7 +248,7 @@ def _check_share(present: Presence, taken: NDArray[np.bool_], budget: Budget, na
     totals, drawn = present.sum(axis=0), present[taken].sum(axis=0)
     gone = np.flatnonzero((totals > 0) & (drawn == 0))
     if len(gone):
-        which = ", ".join(f"{names[c]} ({totals[c]} tiles)" for c in gone)
+        which = ", ".join(f"{names[c]} ({totals[c]} tiles)" for c in gone.tolist())
         least = np.ceil(1000 / totals[gone].min()) / 10  # one tile of the rarest
         raise SettingsError(
             f"labels: {budget} of the {len(present)} training tiles leaves none of {which}; ask for "

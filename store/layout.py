@@ -55,7 +55,9 @@ def create_arrays(root: zarr.Group, attributes: Attributes) -> None:
         _table(root, "latents", attributes, attributes.latents, "float32", np.nan, dimensions)
     if attributes.valid:
         height, width = attributes.tile_size
-        _table(root, "valid", attributes, (height, packed_width(width)), "uint8", 0, ("y", "x_octet"))
+        _table(
+            root, "valid", attributes, (height, packed_width(width)), "uint8", 0, ("valid_y", "valid_x_octet")
+        )
     root.create_array(
         "commits",
         shape=(attributes.shards,),

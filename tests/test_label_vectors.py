@@ -101,13 +101,16 @@ def test_far_vertices_and_projection_change_no_pixel(data: st.DataObject) -> Non
 
 
 def test_a_long_edge_is_a_curve_in_another_crs() -> None:
-    """A parallel, drawn with two corners 4 degrees apart: UTM shows it 700 m from the straight line."""
-    west, east, north = 7.0, 11.0, 45.0
-    shape = shapely.Polygon([(west, 44), (east, 44), (east, north), (west, north)])
+    """A parallel, drawn with two corners: over 512 km UTM shows it 5 km off the straight line."""
+    shape = shapely.Polygon([(4, 40), (14, 40), (14, 45), (4, 45)])
     placed = PlacedShapes(np.array([shape]), np.zeros(1, np.uint8), "EPSG:4326", False, "ignore")
-    x, y = (values[0] for values in transform("EPSG:4326", CRS, [9.0], [north]))
-    burnt = placed.burn(Georeference(CRS, (1, 0, x - 32, 0, -1, y + 32)), (64, 64)).mask
-    assert ((burnt[:31] == IGNORE).all(), (burnt[33:] == 0).all()) == (True, True)
+    place = Georeference(CRS, (2000, 0, 244000, 0, -2000, 5260000))
+    burnt = placed.burn(place, (256, 256)).mask
+    rows, cols = np.mgrid[:256, :256] + 0.5
+    x, y = place.at(rows, cols)  # type: ignore[arg-type]
+    latitude = np.array(transform(CRS, "EPSG:4326", np.ravel(x), np.ravel(y))[1]).reshape(256, 256)
+    certain = np.abs(latitude - 45) > 0.002  # a tenth of a pixel
+    np.testing.assert_array_equal((burnt == 0)[certain], (latitude < 45)[certain])
 
 
 def test_shapes_across_the_antimeridian() -> None:

@@ -67,6 +67,23 @@ def test_intervals_hold_what_they_promise() -> None:
     assert all((share / 400 > 0.91).all() and (share / 400 < 0.99).all() for share in held)
 
 
+@pytest.mark.parametrize(
+    ("mapped", "rows"),
+    [
+        ([100.0, 900.0], [[0.5, 0.5], [0.3, 0.7]]),  # most of the first class is mapped as the second
+        ([500.0, 500.0], [[0.5, 0.5], [0.1, 0.9]]),
+    ],
+)
+def test_half_widths_are_the_spread_of_repeated_samples(mapped: list[float], rows: list[list[float]]) -> None:
+    random, samples = np.random.default_rng(1), 3000
+    drawn = [np.stack([random.multinomial(300, row) for row in rows]) for _ in range(samples)]
+    found = [estimate(counts, np.array(mapped)) for counts in drawn]
+    for name in ("users", "producers", "areas", "overall"):
+        values = np.array([getattr(one, name).value for one in found])
+        told = np.array([getattr(one, name).half_width for one in found]) / 1.959964
+        assert values.std(axis=0) == pytest.approx(np.sqrt((told**2).mean(axis=0)), rel=0.06)
+
+
 def test_what_was_not_sampled_is_left_out_and_one_pixel_gives_no_interval() -> None:
     found = estimate(np.array([[5, 5, 0], [0, 0, 0], [0, 0, 1]]), np.array([10.0, 100.0, 10.0]))
     assert (float(found.overall.value), math.isnan(float(found.overall.half_width))) == (0.75, True)

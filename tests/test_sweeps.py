@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from made_up import RANDOM_STEPS, random_mask_row, random_store
+from made_up import RANDOM_STEPS, random_mask_row, random_row, random_store
 
-from satdifuser.errors import RunError, SettingsError
-from satdifuser.evaluate.evaluation import check_features, evaluate_run, new_outcome
+from satdifuser.errors import RunError, SettingsError, StoreError
+from satdifuser.evaluate.chosen import best_of_each
+from satdifuser.evaluate.evaluation import check_features, ensure_measured_on_val, evaluate_run, new_outcome
+from satdifuser.evaluate.results import results_table
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse import fit as fit_module
 from satdifuser.fuse.data import MapLoader, TrainingData
@@ -271,6 +274,113 @@ def test_a_run_of_few_layers_is_measured_on_a_store_that_holds_more(
         RunError, match=r"layers: run expects \['up.0.attn1', 'up.1.attn1'\], store has \['up.0"
     ):
         check_features(run, fewer)
+
+
+def test_few_labels_are_nested_and_drawn_several_times(store: FeatureStore, tmp_path: Path) -> None:
+    sweep = SweepSettings(fusion=["global"], labels="50%,100%", shots="1", draws=2, seeds=[0, 1], **QUICK)
+    candidates = expand(sweep, store)
+    assert [one.name for one in candidates if one.seed == 0] == [
+        "global-50pct-draw0-seed0",
+        "global-50pct-draw1-seed0",
+        "global-100pct-seed0",
+        "global-1shot-draw0-seed0",
+        "global-1shot-draw1-seed0",
+    ]
+    data = TrainingData(store, sweep)
+    drawn = [set(data.training_positions(one.settings.budget, one.settings.draw)) for one in candidates[::2]]
+    assert drawn[3] < drawn[0] < drawn[2]
+    assert drawn[0] != drawn[1]
+    labels = np.asarray(store.targets(data.train.rows[sorted(drawn[3])]))
+    assert sorted(labels) == [0, 1]
+    runs = fit_candidates(store, candidates, tmp_path, new_outcome)
+    assert [run.info["train_tiles"] for run in runs[::2]] == [len(tiles) for tiles in drawn]
+    for run in runs:
+        ensure_measured_on_val(run, store, EvaluateSettings(bootstrap=5))
+    table = results_table([run.path for run in runs], "val")
+    assert sorted(zip(table["run"], map(len, table["seeds"]), strict=True)) == [
+        ("global-100pct", 2),
+        ("global-1shot", 4),
+        ("global-50pct", 4),
+    ]
+    assert best_of_each([run.path for run in runs]) == [run.path for run in runs]
+
+
+def test_a_network_of_few_labels_sees_no_other_tile(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    read = MapLoader.batches
+
+    def spy(self: MapLoader, order: Any, *args: Any) -> Any:
+        if len(self.rows) == len(store.select("train")) - 1:  # one has no label
+            seen.extend(order)
+        return read(self, order, *args)
+
+    monkeypatch.setattr(MapLoader, "batches", spy)
+    settings = FitSettings(shots="2", **QUICK)
+    run = fit(store, settings, "global", 0, tmp_path / "run", new_outcome)
+    assert len(set(seen)) == run.info["train_tiles"] == 4
+    assert len(seen) == 2 * 32 * 4  # epochs, steps and tiles of a step
+
+
+def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
+    def only(value: int) -> Any:
+        return lambda number: replace(random_row(number), target=np.array(value, np.int32))
+
+    store = random_store(tmp_path / "one.zarr", LAYERS, 12, row_of=only(1))
+    with pytest.raises(
+        StoreError, match=r"nothing to tell apart: .* training tiles are the same \(land\); choose"
+    ):
+        fit(store, FitSettings(**QUICK), "global", 0, tmp_path / "run", new_outcome)
+
+    def ignored(number: int) -> Any:
+        row = random_mask_row(number)
+        return replace(row, target=np.full((16, 16), 255, np.uint8)) if row.split == "train" else row
+
+    store = random_store(tmp_path / "masks.zarr", LAYERS, 12, row_of=ignored, task="segmentation")
+    with pytest.raises(StoreError, match=r"training tiles are the same \(none, all pixels are ignored\)"):
+        fit(store, FitSettings(**QUICK), "global", 0, tmp_path / "run", new_outcome)
+
+
+def test_a_class_that_only_val_has_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def row(number: int) -> Any:
+        made = random_row(number)
+        return replace(made, target=np.array(2, np.int32)) if made.split == "val" else made
+
+    store = random_store(tmp_path / "s.zarr", LAYERS, 24, row_of=row, classes=["sea", "land", "ice"])
+    sweep = SweepSettings(fusion=["global"], seeds=[0, 1], **QUICK)
+    runs = fit_candidates(store, expand(sweep, store), tmp_path, new_outcome)
+    told = capsys.readouterr().err
+    assert (
+        told.count("val holds ice, but no training tile does (labels: 100%): it will never be predicted") == 1
+    )
+    assert [run.info["unseen_classes"] for run in runs] == [["ice"], ["ice"]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"shots": "50"}, r"shots: 50 shots of each class, but there are fewer training tiles: sea has \d+"),
+        ({"labels": "1%"}, r"labels: 1% of the \d+ training tiles leaves none of "),
+        (
+            {"labels": "0.01x_train"},
+            r"labels: got '0.01x_train', expected a share such as 10%, or a partition",
+        ),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused(
+    store: FeatureStore, tmp_path: Path, asked: Any, message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        fit(store, FitSettings(**asked, **QUICK), "global", 0, tmp_path / "run", new_outcome)
+
+
+def test_budgets_that_cannot_be_read_are_wrong_settings(store: FeatureStore) -> None:
+    assert SweepSettings(shots=5).shots == "5"
+    with pytest.raises(ValueError, match="labels: got '0%', expected shares above 0%"):
+        SweepSettings(labels="0%")
+    with pytest.raises(ValueError, match="shots: got 'x', expected whole numbers from 1"):
+        SweepSettings(shots="x")
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,13 @@ def test_a_last_batch_of_one_tile_is_left_out(tiles: int, expected: int) -> None
     assert len(set(order.tolist())) == expected
 
 
+def test_few_tiles_are_seen_as_often_as_the_steps_of_an_epoch_need() -> None:
+    order = training_order(3, batch_size=4, seed=[0, 0], min_steps=4)
+    assert len(order) == 16
+    assert sorted(order[:3].tolist()) == sorted(order[3:6].tolist()) == [0, 1, 2]
+    assert training_order(40, 4, [0, 0], min_steps=4).tolist() == training_order(40, 4, [0, 0]).tolist()
+
+
 def test_the_order_depends_on_seed_and_epoch_only() -> None:
     first = training_order(20, 4, [0, 1]).tolist()
     assert first == training_order(20, 4, [0, 1]).tolist()

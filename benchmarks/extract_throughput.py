@@ -1,0 +1,358 @@
+"""What extraction costs beyond the U-Net, and what extracting once saves.
+
+    python benchmarks/extract_throughput.py [--size small] [--batch 4] [--tiles 24] [--rounds 5]
+    python benchmarks/extract_throughput.py --size sd21 --device cuda --dtype float16 --batch auto --tiles 512
+
+A backbone of random weights: `small`, a U-Net of 34 M parameters (64, 128, 256, 256 channels) behind a small
+autoencoder, or `sd21`, U-Net and autoencoder of Stable Diffusion 2.1. Tiles are PNG files, 256 px by default.
+Everything is measured in turns within one run, so that other load on the machine meets all alike; the first
+round warms up and is not counted.
+
+(a) Extraction, with reading, autoencoder, int8 encoding and writing, against a bare loop of the same U-Net
+    calls on the same batches: the share of the loop's speed that is left. What a store costs once, to be
+    created, is left out and printed.
+(b) Against the released code's way, autoencoder and 10 U-Net calls in a row for each image in each of 40
+    epochs, anew for each of three fusions: (i) U-Net passes, by counting; (ii) wall time with extraction,
+    reading and the training of the fusions counted on both sides.
+(c) Where the time of an extraction goes, each part by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import save_file
+
+from satdifuser.extract import run
+from satdifuser.extract.background import Background
+from satdifuser.extract.compute import Work, compute_shard
+from satdifuser.extract.device import device_name
+from satdifuser.extract.job import Job
+from satdifuser.extract.loading import load_work
+from satdifuser.extract.plan import Plan, make_plan
+from satdifuser.extract.reading import read_ahead
+from satdifuser.extract.settings import BackboneSettings, ExtractSettings, FolderSettings
+from satdifuser.extract.value_range import ValueRange
+from satdifuser.fuse.data import MapLoader
+from satdifuser.fuse.settings import FitSettings
+from satdifuser.fuse.train import loss, new_network
+from satdifuser.store.reader import FeatureStore
+from satdifuser.store.settings import StoreSettings
+from satdifuser.store.writer import open_or_create
+
+EPOCHS, FUSIONS = 40, ("global", "localized", "moe")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes of a backbone."""
+
+    channels: tuple[int, ...]
+    heads: int | tuple[int, ...]  # channels of an attention head, as diffusers names it
+    text: tuple[int, int]  # tokens, width
+    vae: tuple[int, ...]
+
+
+SIZES = {
+    "tiny": Size((32, 64, 64, 64), 8, (77, 64), (8, 8, 8, 8)),  # to try this script
+    "small": Size((64, 128, 256, 256), 8, (77, 64), (16, 16, 32, 32)),
+    "sd21": Size((320, 640, 1280, 1280), (5, 10, 20, 20), (77, 1024), (128, 256, 512, 512)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--noising", choices=["forward", "inversion"], default="forward")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", default="4", help="tiles of a batch, or auto")
+    parser.add_argument("--pixels", type=int, default=256)
+    parser.add_argument("--tiles", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--parts", default="abc", help="which of a, b and c")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make_backbone(root / "backbone", SIZES[args.size])
+        make_images(root / "images", args.tiles, args.pixels)
+        bench = Bench(root, args)
+        print(bench.describe())
+        if "a" in args.parts:
+            bench.against_the_bare_loop()
+        if "b" in args.parts:
+            bench.against_the_reference()
+        if "c" in args.parts:
+            bench.profile()
+
+
+def make_backbone(folder: Path, size: Size) -> None:
+    """Write a backbone of random weights."""
+    torch.manual_seed(0)
+    tokens, width = size.text
+    unet = UNet2DConditionModel(
+        block_out_channels=size.channels,
+        attention_head_dim=size.heads,
+        cross_attention_dim=width,
+        use_linear_projection=True,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=size.vae,
+        layers_per_block=2 if size.vae[0] > 100 else 1,
+        norm_num_groups=min(32, size.vae[0]),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    unet.save_pretrained(folder / "unet")
+    vae.save_pretrained(folder / "vae")
+    DDIMScheduler(steps_offset=1).save_pretrained(folder / "scheduler")
+    save_file({"hidden_states": torch.randn(1, tokens, width)}, folder / "prompt_embedding.safetensors")
+
+
+def make_images(folder: Path, count: int, pixels: int) -> None:
+    """Write PNG files of smooth noise, half of them of one class."""
+    random = np.random.default_rng(0)
+    for i in range(count):
+        place = folder / ("land", "sea")[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        coarse = random.integers(0, 256, (pixels // 8, pixels // 8, 3), np.uint8)
+        Image.fromarray(coarse).resize((pixels, pixels), Image.Resampling.BICUBIC).save(place / f"{i}.png")
+
+
+class Bench:
+    """A planned extraction, loaded, and ways to time its parts."""
+
+    def __init__(self, root: Path, args: argparse.Namespace) -> None:
+        self.root, self.args, self.number = root, args, 0
+        self.plan = self.planned(args.noising)
+        self.work = load_work(self.plan)
+        self.device = self.work.extractor.backbone.device
+        self.tiles = len(self.plan.records)
+
+    def planned(self, noising: str) -> Plan:
+        batch = self.args.batch if self.args.batch == "auto" else int(self.args.batch)
+        threads = self.args.threads if self.args.threads == "auto" else int(self.args.threads)
+        job = Job(
+            FolderSettings.model_validate({"kind": "folder", "root": self.root / "images"}),
+            BackboneSettings(
+                model=str(self.root / "backbone"), device=self.args.device, dtype=self.args.dtype
+            ),
+            ExtractSettings.model_validate(
+                {
+                    "noising": noising,
+                    "batch_size": batch,
+                    "threads": threads,
+                    "compile": self.args.compile,
+                }
+            ),
+            StoreSettings(tiles_per_shard=max(8, 2 * batch) if batch != "auto" else "auto"),
+        )
+        return make_plan(job, self.root / "none.zarr")
+
+    def describe(self) -> str:
+        unet = sum(p.numel() for p in self.work.extractor.backbone.unet.parameters()) / 1e6
+        return (
+            f"U-Net of {unet:.1f} M parameters, {len(self.plan.layers)} layers, timesteps "
+            f"{self.plan.timesteps}, {self.args.noising} noising, {self.args.pixels} px; "
+            f"{device_name(self.device)}, {self.args.dtype}, batches of {self.work.batch_size}, "
+            f"{self.plan.job.settings.threads} threads, torch {torch.__version__}"
+        )
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def timed(self, action: Callable[[], object]) -> float:
+        """Seconds of an action a tile."""
+        self.wait()
+        began = time.perf_counter()
+        action()
+        self.wait()
+        return (time.perf_counter() - began) / self.tiles
+
+    # --- (a)
+
+    def extract(self, work: Work | None = None, plan: Plan | None = None) -> float:
+        """Write a new store: seconds a tile, without its creation."""
+        work, plan, self.number = work or self.work, plan or self.plan, self.number + 1
+        path = self.root / f"{self.number}.zarr"
+        attributes = run.planned_attributes(plan, work.job, work.extractor.backbone.loaded)
+        began = time.perf_counter()
+        with open_or_create(path, attributes, overwrite=False) as writer:
+            self.creation = time.perf_counter() - began
+            missing = writer.missing_shards()
+            seconds = self.timed(lambda: run._fill(work, plan.source, plan.records, writer, missing))
+        self.store = FeatureStore(path)
+        return seconds
+
+    @torch.no_grad()
+    def bare_loop(self) -> None:
+        """The same U-Net calls on the same batches, whole, and nothing else."""
+        backbone, extractor = self.work.extractor.backbone, self.work.extractor
+        grid = extractor._grid()
+        for start in range(0, self.tiles, self.work.batch_size):
+            tiles = min(self.work.batch_size, self.tiles - start)
+            rows = tiles * (1 if grid else len(extractor.timesteps))
+            shape = backbone.info.latent_shape(self.plan.image_size)
+            x = torch.zeros(rows, *shape, device=self.device, dtype=backbone.dtype)
+            time = torch.full((rows,), 21.0, device=self.device)
+            prompt = backbone.conditions(rows).prompt
+            for _ in grid or [0]:
+                backbone.unet(x, time, prompt)
+
+    def against_the_bare_loop(self) -> None:
+        ratios, rates = [], []
+        for number in range(self.args.rounds + 1):
+            bare, ours = self.timed(self.bare_loop), self.extract()
+            if number:
+                ratios.append(bare / ours)
+                rates.append(1 / ours)
+                print(f"  (a) bare loop {1 / bare:.2f} tiles/s, extraction {1 / ours:.2f} tiles/s")
+        print(
+            f"(a) extraction runs at {statistics.median(ratios):.3f} of a bare loop of its U-Net calls "
+            f"(median; {min(ratios):.3f} to {max(ratios):.3f}), {statistics.median(rates):.2f} tiles/s; "
+            f"creating the store took {self.creation:.2f} s"
+        )
+        if self.device.type == "cuda":
+            print(f"    {gpu_state(self.device)}")
+
+    # --- (b)
+
+    def against_the_reference(self) -> None:
+        plan = self.planned("inversion")
+        job = plan.job.with_batch(self.work.batch_size)
+        extractor = type(self.work.extractor)(self.work.extractor.backbone, job.settings, plan.layers)
+        work = Work(job, extractor, plan.image_size, {})
+        self.extract(work, plan)
+        store = self.store
+        passes = plan.passes_per_tile
+        times: dict[str, list[float]] = {}
+        for number in range(self.args.rounds + 1):
+            found = {
+                "features of an image": self.timed(lambda: self.features(work, plan)),
+                "its extraction": self.extract(work, plan),
+                "its reading": self.timed(lambda: self.read(store)),
+            }
+            found |= {name: self.timed(lambda name=name: self.train(store, name)) for name in FUSIONS}
+            for name, seconds in found.items() if number else ():
+                times.setdefault(name, []).append(seconds)
+        medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+        print("  (b) seconds a tile: " + ", ".join(f"{name} {value:.4f}" for name, value in medians.items()))
+        ours, theirs = passes, passes * EPOCHS * len(FUSIONS)
+        print(f"(b i) U-Net passes a tile: {theirs} their way, {ours} ours: {theirs / ours:.0f} times fewer")
+        for fusions in (FUSIONS[:1], FUSIONS):
+            ratios = [self.ratio(times, fusions, i) for i in range(self.args.rounds)]
+            print(
+                f"(b ii) wall time of {EPOCHS} epochs, {len(fusions)} fusion(s): ours "
+                f"{statistics.median(ratios):.1f} times faster (median; {min(ratios):.1f} to "
+                f"{max(ratios):.1f})"
+            )
+
+    def ratio(self, times: dict[str, list[float]], fusions: tuple[str, ...], i: int) -> float:
+        """Their wall time over ours, by the figures of one round."""
+        training = EPOCHS * sum(times[name][i] for name in fusions)
+        theirs = EPOCHS * len(fusions) * times["features of an image"][i] + training
+        reading = EPOCHS * len(fusions) * times["its reading"][i]
+        return theirs / (times["its extraction"][i] + reading + training)
+
+    def features(self, work: Work, plan: Plan) -> None:
+        """Autoencoder and U-Net calls of every image, as a step of theirs has them; images are in memory."""
+        for start in range(0, self.tiles, work.batch_size):
+            ids = [record.tile_id for record in plan.records[start : start + work.batch_size]]
+            work.extractor(torch.rand(len(ids), 3, *plan.image_size), ids)
+
+    def read(self, store: FeatureStore) -> None:
+        """All tiles of a store, decoded and on the device; nothing is kept in memory."""
+        for _ in self.loader(store).batches(np.arange(self.tiles), self.work.batch_size, None):
+            pass
+
+    def loader(self, store: FeatureStore) -> MapLoader:
+        settings = FitSettings(projection=384, norm_groups=32, memory_gb=0)
+        return MapLoader(store, np.arange(self.tiles), settings, self.device)
+
+    def train(self, store: FeatureStore, fusion: str) -> None:
+        """Forward, backward and step of a fusion on every tile; their features are in memory."""
+        settings = FitSettings(projection=384, norm_groups=32, warmup_steps=0)
+        network = new_network(store, settings, fusion).to(self.device)  # type: ignore[arg-type]
+        optimizer = torch.optim.Adam(network.parameters())
+        size = self.work.batch_size
+        maps, targets, _ = next(self.loader(store).batches(np.arange(size), size, None))
+        assert targets is not None
+        targets = targets.to(self.device)
+        for _ in range(0, self.tiles, size):
+            optimizer.zero_grad(set_to_none=True)
+            loss(network(maps)[0], targets, 255).backward()
+            optimizer.step()
+
+    # --- (c)
+
+    @torch.no_grad()
+    def profile(self) -> None:
+        """Each part of an extraction by itself, one after the other."""
+        job, extractor, size = self.work.job, self.work.extractor, self.work.batch_size
+        found: list[Any] = []
+
+        def read() -> None:
+            found[:] = read_ahead(job, self.plan.source, self.plan.image_size, self.plan.records)
+
+        def batches() -> Any:
+            return (found[start : start + size] for start in range(0, self.tiles, size))
+
+        def encode_images() -> None:
+            for part in batches():
+                extractor.latents(torch.stack([t.rgb for t in part]), [t.row.tile_id for t in part])
+
+        def everything_but_writing() -> None:
+            with Background("encode") as encoding:
+                values = ValueRange(job.images)
+                compute_shard(self.work, iter(found), self.tiles, values, encoding, encoding.check)
+
+        def rounds(action: Callable[[], object]) -> float:
+            action()
+            return statistics.median(self.timed(action) for _ in range(self.args.rounds))
+
+        parts = {"reading (threads)": rounds(read), "autoencoder": rounds(encode_images)}
+        parts["U-Net, bare loop"] = rounds(self.bare_loop)
+        computing = rounds(everything_but_writing)
+        parts["reduction and fetching"] = computing - parts["autoencoder"] - parts["U-Net, bare loop"]
+        whole = statistics.median(self.extract() for _ in range(self.args.rounds))
+        parts["writing that was waited for, and the rest"] = whole - computing
+        print("(c) seconds a tile; what is negative was saved by leaving the U-Net early, or overlaps")
+        for name, seconds in {**parts, "extraction": whole}.items():
+            print(f"    {name:44} {seconds:8.4f}  {seconds / whole:6.1%}")
+
+
+def gpu_state(device: torch.device) -> str:
+    """Memory, driver and utilisation of a GPU, as far as NVML tells."""
+    peak = torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        used = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
+        return (
+            f"peak memory {peak:.1f} GB, driver {pynvml.nvmlSystemGetDriverVersion()}, utilisation {used} %"
+        )
+    except Exception as error:  # NVML is optional
+        return f"peak memory {peak:.1f} GB; driver and utilisation unknown ({error})"
+
+
+if __name__ == "__main__":
+    main()
