@@ -273,7 +273,7 @@ def test_broken_runs_are_named(classification_runs: list[Path], tmp_path: Path) 
 
 
 def test_runs_and_probes_are_found_in_a_folder_and_beside_it(tmp_path: Path) -> None:
-    runs = [fake_run(tmp_path / fusion, fusion=fusion) for fusion in ("global", "moe")]
+    runs = [fake_run(tmp_path / name, fusion=fusion) for name, fusion in (("a", "global"), ("b", "moe"))]
     probe = fake_probe(tmp_path / "sweep")
     (tmp_path / "notes").mkdir()
     assert find_reported([tmp_path]) == (runs, [probe])
