@@ -1,6 +1,6 @@
 """The baselines that every comparison includes: colour statistics, the best single map, plain concatenation.
 
-All but one are logistic regressions (scikit-learn) on standardised inputs; strength and, for `single`,
+All but one are logistic regressions on standardised inputs; strength and, for `single`,
 timestep and layer are chosen on validation. Where a tile may have several classes there is one model for
 each, against the rest. For masks the model is trained on pixels drawn at random and applied at each layer's
 own resolution; its logits are enlarged, which for a linear model is the same as enlarging the features.
@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 from sklearn.ensemble import RandomForestClassifier
@@ -30,32 +29,25 @@ from satdifuser.evaluate.evaluation import (
     spread_positions,
     write_outcome,
 )
-from satdifuser.evaluate.linear_probe import LinearProbe, MultilabelProbe, Probe
-from satdifuser.evaluate.metrics import (
-    classification_metrics,
-    confusion_matrix,
-    multilabel_metrics,
-    segmentation_metrics,
-)
+from satdifuser.evaluate.probe_predictions import predict_with
+from satdifuser.evaluate.probes import Probes, fit_probes
 from satdifuser.evaluate.samples import (
     PIXELS_PER_TILE,
     TILES_PER_READ,
     Input,
     Samples,
     gather_samples,
-    input_positions,
-    pooled_features,
-    read_tiles,
+    score_samples,
 )
-from satdifuser.evaluate.settings import EvaluateSettings
+from satdifuser.evaluate.settings import EvaluateSettings, ProbeSettings
 from satdifuser.fuse.data import labelled
 from satdifuser.fuse.run_folder import RUN_FILE, Run, open_run, save_run
-from satdifuser.fuse.train import MAIN_METRIC, Prediction
+from satdifuser.fuse.train import Prediction
 from satdifuser.store.encoding import Floats
 from satdifuser.store.reader import FeatureStore, Indices
 
 NAMES = ("colour", "single", "concatenation")
-STRENGTHS = (0.01, 0.1, 1.0)  # scikit-learn's C, inverse strength of the L2 penalty
+STRENGTHS = ProbeSettings().logistic
 TREES, WINDOW = 50, 9
 
 Predictor = Callable[[Indices], Iterator[Prediction]]
@@ -163,10 +155,10 @@ def _fit(
     facts = {
         "inputs": chosen if name == "single" else len(chosen),
         "strength": strength,
-        "converged": probe.converged,
+        "converged": bool(probe.converged[0]),
         "parameters": probe.parameters,
     }
-    return _feature_predictor(store, probe, chosen), facts
+    return partial(predict_with, store, probe, chosen), facts
 
 
 def choose_on_val(
@@ -174,61 +166,20 @@ def choose_on_val(
     samples: dict[str, Samples],
     candidates: list[list[Input]],
     strengths: Sequence[float] = STRENGTHS,
-) -> tuple[list[Input], Probe, float]:
-    """The inputs and strength whose probe is best on validation."""
+) -> tuple[list[Input], Probes, float]:
+    """The inputs and strength whose logistic regression is best on validation."""
     train, val = samples["train"], samples["val"]
     classes, task = len(store.attributes.classes), str(store.attributes.task)
-    kind = MultilabelProbe if task == "multilabel" else LinearProbe
-    best: tuple[float, list[Input], Probe, float] | None = None
+    best: tuple[float, list[Input], Probes, float] | None = None
     for inputs in candidates:
-        features, held_out = train.joined(inputs), val.joined(inputs)
-        for strength in strengths:
-            probe = kind(features, train.labels, classes, strength)
-            score = _score(task, val.labels, probe.probabilities(held_out))
+        probes = fit_probes("logistic", train.joined(inputs), train.labels, classes, strengths)
+        for j, probabilities in enumerate(probes.probabilities(val.joined(inputs))):
+            score = score_samples(task, val.labels, probabilities)
             if best is None or score > best[0]:
-                best = (score, inputs, probe, strength)
+                best = (score, inputs, probes.only(j), strengths[j])
     if best is None:
         raise RunError(f"{store.path}: holds no features to probe")
     return best[1:]
-
-
-def _score(task: str, labels: NDArray[np.int64], probabilities: NDArray[np.float32]) -> float:
-    if task != "segmentation":
-        measure = multilabel_metrics if task == "multilabel" else classification_metrics
-        return measure(labels, probabilities)[MAIN_METRIC[task]]
-    confusion = confusion_matrix(labels, probabilities.argmax(1), probabilities.shape[1])
-    return segmentation_metrics(confusion)[MAIN_METRIC[task]]
-
-
-def _feature_predictor(store: FeatureStore, probe: Probe, inputs: list[Input]) -> Predictor:
-    if isinstance(probe, LinearProbe) and store.attributes.task == "segmentation":
-        return lambda rows: predict_masks(store, probe, inputs, rows)
-
-    def predict_tiles(rows: Indices) -> Iterator[Prediction]:
-        features = pooled_features(store, rows)
-        joined = np.concatenate([features[key] for key in inputs], axis=1)
-        yield probe.probabilities(joined), np.asarray(store.targets(rows), np.int64)
-
-    return predict_tiles
-
-
-def predict_masks(
-    store: FeatureStore, probe: LinearProbe, inputs: list[Input], rows: Indices
-) -> Iterator[Prediction]:
-    """Predict masks of some tiles, each layer at its own resolution."""
-    weight, bias = probe.affine()
-    widths = {layer.name: layer.channels for layer in store.attributes.layers}
-    borders = np.cumsum([widths[layer] for _, layer in inputs])[:-1]
-    weights = dict(zip(inputs, np.split(weight, borders), strict=True))
-    for maps, masks in read_tiles(store, rows):
-        logits = torch.from_numpy(bias)[None, :, None, None]
-        for group, values in maps.items():
-            for key, (step, place) in input_positions(store, group).items():
-                if key in weights:
-                    part = np.einsum("bchw,ck->bkhw", values[:, step, place], weights[key])
-                    size = (masks.shape[1], masks.shape[2])
-                    logits = logits + F.interpolate(torch.from_numpy(part), size, mode="bilinear")
-        yield logits.softmax(1).numpy(), masks.astype(np.int64)
 
 
 def _fit_colour(
@@ -238,15 +189,21 @@ def _fit_colour(
         return _fit_colour_forest(store, rows["train"], seed)
     key: Input = (0, "colour")
     samples = {
-        split: Samples({key: store.colour(rows[split])}, np.asarray(store.targets(rows[split]), np.int64))
+        split: Samples(
+            {key: store.colour(rows[split])}, np.asarray(store.targets(rows[split]), np.int64), rows[split]
+        )
         for split in ("train", "val")
     }
     _, probe, strength = choose_on_val(store, samples, [[key]], strengths)
 
     def predict_tiles(rows: Indices) -> Iterator[Prediction]:
-        yield probe.probabilities(store.colour(rows)), np.asarray(store.targets(rows), np.int64)
+        yield probe.probabilities(store.colour(rows))[0], np.asarray(store.targets(rows), np.int64)
 
-    return predict_tiles, {"inputs": "colour statistics", "strength": strength, "converged": probe.converged}
+    return predict_tiles, {
+        "inputs": "colour statistics",
+        "strength": strength,
+        "converged": bool(probe.converged[0]),
+    }
 
 
 def _fit_colour_forest(store: FeatureStore, train: Indices, seed: int) -> tuple[Predictor, dict[str, Any]]:

@@ -76,7 +76,8 @@ def compare_runs(paths: Sequence[Path], store: Location | None, settings: Evalua
         "metrics": compare_metrics(mean_scores(first), mean_scores(second), tiles, settings),
     }
     if task == "segmentation":
-        return found | {"tile_iou": compare_tiles(*(tile_iou(side) for side in tables), settings)}
+        ours, theirs = (tile_iou(side) for side in tables)
+        return found | {"tile_iou": compare_tiles(ours, theirs, settings)}
     if len(first) == len(second) == 1:
         found["mcnemar"] = mcnemar(*(right_tiles(side[0]) for side in tables))
     return found

@@ -257,7 +257,7 @@ def check_features(run: Run, store: FeatureStore) -> None:
     """Refuse a store that does not hold the features a run was fitted on, or holds other classes."""
     a, info = store.attributes, run.info
     names = [layer["name"] for layer in info["layers"]]
-    ours = {"feature": store.hashes().feature, "classes": a.classes, "task": a.task}
+    ours: dict[str, Any] = {"feature": store.hashes().feature, "classes": a.classes, "task": a.task}
     ours["timesteps"] = sorted(t for t in a.timesteps if t in info["timesteps"])
     ours["layers"] = [layer.name for layer in a.layers if layer.name in names]
     theirs = {"feature": info["store"]["hashes"]["feature"]}

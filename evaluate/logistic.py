@@ -24,6 +24,7 @@ from satdifuser.evaluate.lbfgs import Point, minimise
 
 Link = Literal["softmax", "sigmoid"]
 TOLERANCE = 1e-6  # Euclidean norm of the gradient
+SINGLE_TOLERANCE = 5e-7  # what single precision reaches without fail
 STEPS = 1000
 LEAST_SPREAD = 1e-6  # of p (1 - p), where all is decided
 
@@ -52,13 +53,14 @@ def fit_path(
     count, heads, width = len(strengths), len(targets), len(axes.values) + 1
     each = heads if link == "softmax" else 1
     found = torch.zeros(count * heads // each, each * width, device=axes.device)
-    for dtype in (torch.float32, torch.float64):
+    for dtype, within_reach in ((torch.float32, SINGLE_TOLERANCE), (torch.float64, 0.0)):
         losses = _Losses(axes, targets, strengths, link, dtype)
-        reached = minimise(losses, found.to(dtype), tolerance, STEPS)
+        reached = minimise(losses, found.to(dtype), max(tolerance, within_reach), STEPS)
         found = reached.variables
     weights = found.view(count, heads, width)
-    norms = reached.gradient_norms.view(count, -1).amax(dim=1)
-    return Path(weights[..., :-1], weights[..., -1], norms)
+    norms = reached.gradient_norms.view(count, heads // each)
+    worst = norms.amax(dim=1) if heads else norms.sum(dim=1)  # zero where there is nothing to learn
+    return Path(weights[..., :-1], weights[..., -1], worst)
 
 
 class _Losses:
@@ -76,12 +78,13 @@ class _Losses:
         self.penalty = penalty.repeat_interleave(per_strength)[:, None].repeat(1, len(self.along))
         self.penalty[:, -1] = 0
         self.link, self.targets = link, targets.to(dtype)
+        self.each = heads if link == "softmax" else 1  # heads of a problem
 
     def __call__(self, variables: Tensor, which: Tensor) -> Point:
         """Evaluate some problems at (m, h (R + 1)) variables."""
-        weights = variables.view(len(which), -1, len(self.along))  # (m, h, R + 1)
+        weights = variables.view(len(which), self.each, len(self.along))  # (m, h, R + 1)
         penalty = self.penalty[which][:, None]
-        scores = (weights.flatten(0, 1) @ self.x.T).view(*weights.shape[:2], -1)  # (m, h, N)
+        scores = (weights.flatten(0, 1) @ self.x.T).view(*weights.shape[:2], len(self.x))  # (m, h, N)
         losses, slopes, spread = self._loss(scores, which)
         pull = penalty * weights
         values = losses + (pull * weights).sum((1, 2)) / 2

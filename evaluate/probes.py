@@ -41,7 +41,7 @@ class LinearProbes:
         return int(np.isfinite(self.bias[0]).sum() * (self.weight.shape[1] + 1))
 
     def probabilities(self, features: Floats) -> NDArray[np.float32]:
-        """(N, D) features to (J, N, K) probabilities; the scores of a ridge regression, -1 to 1, become 0 to 1."""
+        """(N, D) features to (J, N, K) probabilities; a ridge regression's scores, -1 to 1, become 0 to 1."""
         scores = self._scores(features)
         if self.link == "sign":
             return ((scores.clamp(-1, 1) + 1) / 2).float().numpy()
@@ -141,8 +141,7 @@ def fit_probes(
     hot = labels == 1 if several else labels[:, None] == np.arange(classes)
     if kind == "neighbours":
         return NeighbourProbes(features, hot, tuple(int(count) for count in strengths))
-    axes = axes or Axes(features, torch.device("cpu"))
-    heads = _Heads(hot, several)
+    axes, heads = axes or Axes(features, torch.device("cpu")), _Heads(hot, several)
     if kind == "ridge":
         return _ridge(axes, heads, strengths)
     return _logistic(axes, heads, strengths, tolerance)
@@ -164,11 +163,11 @@ class _Heads:
     def over_classes(
         self, axes: Axes, along: Tensor, intercept: Tensor, link: Link
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Weights (J, D, K) and biases (J, K) of all classes, from those (J, H, R) and (J, H) of the heads."""
+        """Weights (J, D, K) and biases (J, K) of all classes, from the heads' (J, H, R) and (J, H)."""
         strengths, heads, width = along.shape
-        turned = axes.turn_back(along.reshape(-1, width).T)  # (D, J H)
-        weight = np.moveaxis(turned.reshape(-1, strengths, heads), 0, 1)
-        bias = intercept.cpu().numpy() - axes.mean @ weight
+        turned = axes.turn_back(along.reshape(strengths * heads, width).T)  # (D, J H)
+        weight = np.moveaxis(turned.reshape(len(turned), strengths, heads), 0, 1)
+        bias = intercept.cpu().numpy() - (torch.from_numpy(axes.mean) @ torch.from_numpy(weight)).numpy()
         if self.binary:  # a softmax of -s/2 and s/2 is the sigmoid of s
             half = 1.0 if link == "sign" else 0.5
             weight, bias = (np.concatenate([-part, part], axis=-1) * half for part in (weight, bias))

@@ -79,7 +79,7 @@ class CompiledTaps:
         self._outputs.clear()
         return [values[: len(x)] for values in maps]
 
-    def _filled(self, x: Tensor, t: Tensor, conditions: Conditions) -> list[Tensor | None]:
+    def _filled(self, x: Tensor, t: Tensor, conditions: Conditions) -> list[Any]:
         """The inputs of a graph, with as many images as it takes."""
         size = self._images
         while size // 2 >= len(x):

@@ -43,7 +43,7 @@ def expand(settings: SweepSettings, store: FeatureStore) -> list[Candidate]:
     Raises:
         SettingsError: the store does not hold a timestep, or no layer matches a pattern.
     """
-    lists = {
+    lists: dict[str, Any] = {
         "head": settings.head if are_values(settings.head) else [settings.head],
         "lr": settings.lr if are_values(settings.lr) else [settings.lr],
         "layers": settings.layers if are_lists(settings.layers) else [settings.layers],

@@ -22,7 +22,7 @@ import yaml
 from safetensors.numpy import load, save
 
 from satdifuser.errors import RunError
-from satdifuser.fuse.data import Statistics
+from satdifuser.fuse.inputs import Statistics
 from satdifuser.store.files import write_durably
 from satdifuser.store.schema import DEFAULT_PARTITION, LayerInfo
 

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satdifuser.errors import SettingsError, StoreError, suggest
-from satdifuser.store.schema import PARTITION_NAME
+from satdifuser.store.settings import PARTITION_NAME
 
 if TYPE_CHECKING:
     from satdifuser.store.reader import FeatureStore, Indices
@@ -87,8 +87,8 @@ def _parse_labels(text: str) -> Budget:
         share = Fraction(0)
     if not 0 < share <= 1:
         raise SettingsError(
-            f"labels: got {text!r}, expected shares above 0% and up to 100%, such as 1%,10%,100%, or names of "
-            "partitions"
+            f"labels: got {text!r}, expected shares above 0% and up to 100%, such as 1%,10%,100%, or names "
+            "of partitions"
         )
     return Budget(share)
 
@@ -99,7 +99,14 @@ def _parse_shots(text: str) -> Budget:
     return Budget(shots=int(text))
 
 
-def draw_labelled(store: FeatureStore, rows: Indices, budget: Budget, seed: int, draw: int = 0) -> Indices:
+def draw_labelled(
+    store: FeatureStore,
+    rows: Indices,
+    budget: Budget,
+    seed: int,
+    draw: int = 0,
+    present: Presence | None = None,
+) -> Indices:
     """The tiles among some rows whose labels may be used.
 
     Args:
@@ -108,6 +115,7 @@ def draw_labelled(store: FeatureStore, rows: Indices, budget: Budget, seed: int,
         budget: How many.
         seed: Of the draws.
         draw: Which one; draws of one number are nested in each other over all budgets.
+        present: The tiles' classes, where `class_presence` was asked before.
 
     Returns:
         Rows in rising order.
@@ -117,9 +125,10 @@ def draw_labelled(store: FeatureStore, rows: Indices, budget: Budget, seed: int,
             no such partition.
         StoreError: the tiles have one class only, or none.
     """
+    present = class_presence(store, rows) if present is None else present
     if budget.partition:
-        rows = _partition_rows(store, rows, budget.partition)
-    present = class_presence(store, rows)
+        held = np.isin(rows, _partition_rows(store, rows, budget.partition))
+        rows, present = rows[held], present[held]
     check_classes_differ(store, present)
     if store.attributes.task == "segmentation":
         shown = present.any(axis=1)
@@ -157,7 +166,8 @@ def class_presence(store: FeatureStore, rows: Indices) -> Presence:
     targets = store.targets(rows)
     if targets is None:
         raise StoreError(f"{store.path}: holds no targets; extract again from a source with labels")
-    return targets == 1 if task == "multilabel" else targets[:, None] == classes
+    present: Presence = targets == 1 if task == "multilabel" else targets[:, None] == classes
+    return present
 
 
 def check_classes_differ(store: FeatureStore, present: Presence) -> None:
@@ -177,6 +187,22 @@ def check_classes_differ(store: FeatureStore, present: Presence) -> None:
         f"{store.path}: nothing to tell apart: the classes of all {len(present)} training tiles are the same "
         f"({held}); choose a partition, or extract from a source, whose split train holds two or more"
     )
+
+
+def check_classes_known(store: FeatureStore, train: Presence, val: Presence) -> None:
+    """Refuse a class on val that no training tile has; among several classes a tile it is only never found.
+
+    Raises:
+        StoreError: there is one.
+    """
+    counts, names = val.sum(axis=0), store.attributes.classes
+    unknown = np.flatnonzero((counts > 0) & ~train.any(axis=0))
+    if len(unknown) and store.attributes.task != "multilabel":
+        which = ", ".join(f"{names[c]} ({counts[c]} tiles on val)" for c in unknown)
+        raise StoreError(
+            f"{store.path}: no training tile has the class {which}, so nothing can learn it; choose another "
+            "partition, or label or extract again with splits that hold every class"
+        )
 
 
 def draw_tiles(
@@ -208,7 +234,9 @@ def draw_tiles(
 
 def _check_shots(present: Presence, budget: Budget, names: Sequence[str]) -> None:
     totals = present.sum(axis=0)
-    short = [f"{names[c]} has {totals[c]}" for c in np.flatnonzero((totals > 0) & (totals < budget.shots))]
+    short = [
+        f"{names[c]} has {totals[c]}" for c in np.flatnonzero((totals > 0) & (totals < budget.shots)).tolist()
+    ]
     if short:
         raise SettingsError(
             f"shots: {budget} of each class, but there are fewer training tiles: {', '.join(short)}; ask for "
@@ -220,7 +248,7 @@ def _check_share(present: Presence, taken: NDArray[np.bool_], budget: Budget, na
     totals, drawn = present.sum(axis=0), present[taken].sum(axis=0)
     gone = np.flatnonzero((totals > 0) & (drawn == 0))
     if len(gone):
-        which = ", ".join(f"{names[c]} ({totals[c]} tiles)" for c in gone)
+        which = ", ".join(f"{names[c]} ({totals[c]} tiles)" for c in gone.tolist())
         least = np.ceil(1000 / totals[gone].min()) / 10  # one tile of the rarest
         raise SettingsError(
             f"labels: {budget} of the {len(present)} training tiles leaves none of {which}; ask for "

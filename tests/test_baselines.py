@@ -20,11 +20,11 @@ from satdifuser.evaluate.baselines import (
     choose_on_val,
     evaluate_baseline,
     fit_baselines,
-    predict_masks,
 )
 from satdifuser.evaluate.evaluation import is_evaluated
-from satdifuser.evaluate.linear_probe import LinearProbe, MultilabelProbe
-from satdifuser.evaluate.samples import Samples, gather_samples
+from satdifuser.evaluate.probe_predictions import predict_masks
+from satdifuser.evaluate.probes import LinearProbes, fit_probes
+from satdifuser.evaluate.samples import PIXEL_BYTES, Samples, gather_samples, pixels_per_tile
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse.run_folder import Run, open_run
 from satdifuser.store.encoding import encode
@@ -112,36 +112,10 @@ def mask_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     return make_store(tmp_path_factory.mktemp("masks") / "s.zarr", "segmentation")
 
 
-def probe_of(samples: Samples, inputs: list[tuple[int, str]], classes: int = CLASSES) -> LinearProbe:
-    return LinearProbe(samples.joined(inputs), samples.labels, classes, strength=1.0)
-
-
-@pytest.mark.parametrize(("seen", "classes"), [([0, 1], 2), ([0, 1, 2], 3), ([1, 3], 4), ([0, 2, 3], 5)])
-def test_the_affine_form_gives_the_same_probabilities(seen: list[int], classes: int) -> None:
-    random = np.random.default_rng(0)
-    labels = np.array(seen)[random.integers(0, len(seen), 60)]
-    features = (random.normal(3, 2, (60, 4)) + labels[:, None]).astype(np.float32)
-    probe = LinearProbe(features, labels, classes, strength=1.0)
-    weight, bias = probe.affine()
-    assert (weight.shape, bias.shape) == ((4, classes), (classes,))
-    softmax = torch.from_numpy(features @ weight + bias).softmax(1).numpy()
-    np.testing.assert_allclose(softmax, probe.probabilities(features), atol=1e-5)
-    unseen = sorted(set(range(classes)) - set(seen))
-    assert (softmax[:, unseen] == 0).all()
-
-
-def test_classes_that_never_vary_in_training_keep_their_share() -> None:
-    random = np.random.default_rng(0)
-    features = random.normal(size=(40, 3)).astype(np.float32)
-    labels = np.stack([features[:, 0] > 0, np.zeros(40), np.ones(40)], axis=1).astype(np.int64)
-    probe = MultilabelProbe(features, labels, 3, strength=1.0)
-    found = probe.probabilities(features)
-    assert ((found[:, 0] >= 0.5) == labels[:, 0]).mean() > 0.9
-    assert (found[:, 1:] == [0, 1]).all()
-    single = LinearProbe(features, labels[:, 0], 2, strength=1.0)
-    np.testing.assert_allclose(found[:, 0], single.probabilities(features)[:, 1])
-    assert (probe.parameters, probe.converged) == (4, True)
-    assert MultilabelProbe(features, labels[:, 1:], 2, strength=1.0).parameters == 0
+def probe_of(samples: Samples, inputs: list[tuple[int, str]], classes: int = CLASSES) -> LinearProbes:
+    probes = fit_probes("logistic", samples.joined(inputs), samples.labels, classes, [1.0])
+    assert isinstance(probes, LinearProbes)
+    return probes
 
 
 def test_inputs_and_strength_are_chosen_on_val(store: FeatureStore) -> None:
@@ -151,15 +125,16 @@ def test_inputs_and_strength_are_chosen_on_val(store: FeatureStore) -> None:
     fair = {s: (y[:, None] + random.normal(0, 0.5, (60, 1))).astype(np.float32) for s, y in labels.items()}
     noise = random.normal(size=(60, 1))
     fickle = {"train": labels["train"][:, None].astype(np.float32), "val": noise.astype(np.float32)}
-    samples = {s: Samples({FINE: fickle[s], COARSE: fair[s]}, labels[s]) for s in ("train", "val")}
+    samples = {
+        s: Samples({FINE: fickle[s], COARSE: fair[s]}, labels[s], np.arange(60)) for s in ("train", "val")
+    }
     inputs, probe, strength = choose_on_val(store, samples, [[FINE], [COARSE]])
     assert inputs == [COARSE]
-    scores = {}
-    for s in STRENGTHS:
-        rival = LinearProbe(fair["train"], labels["train"], CLASSES, s)
-        scores[s] = (rival.probabilities(fair["val"]).argmax(1) == labels["val"]).mean()
-    assert scores[strength] == max(scores.values())
-    assert strength == probe.model.C
+    rivals = fit_probes("logistic", fair["train"], labels["train"], CLASSES, STRENGTHS)
+    scores = (rivals.probabilities(fair["val"]).argmax(2) == labels["val"]).mean(axis=1)
+    assert scores[STRENGTHS.index(strength)] == scores.max()
+    chosen = probe.probabilities(fair["val"])[0]
+    np.testing.assert_array_equal(chosen, rivals.probabilities(fair["val"])[STRENGTHS.index(strength)])
     with pytest.raises(RunError, match=r"s\.zarr: holds no features to probe"):
         choose_on_val(store, samples, [])
 
@@ -199,6 +174,23 @@ def test_pixels_are_drawn_where_there_is_a_label_with_the_features_there(mask_st
     assert (samples.labels != gather_samples(mask_store, train, seed=1).labels).any()
 
 
+def test_a_tile_gives_the_same_pixels_whatever_others_are_drawn_from(mask_store: FeatureStore) -> None:
+    train = mask_store.select("train")
+    samples = gather_samples(mask_store, train, seed=0, pixels=5)
+    few = gather_samples(mask_store, train[[7, 2]], seed=0, pixels=5)
+    places = samples.places(train[[7, 2]])
+    assert len(places) == 10
+    order = np.argsort(few.rows, kind="stable")
+    np.testing.assert_array_equal(samples.rows[places], few.rows[order])
+    np.testing.assert_array_equal(samples.joined([FINE], places), few.joined([FINE])[order])
+
+
+def test_pixels_of_wide_features_are_fewer(mask_store: FeatureStore) -> None:
+    assert pixels_per_tile(mask_store, 1000) == 64
+    assert pixels_per_tile(mask_store, 10**7) == PIXEL_BYTES // (4 * 5 * 10**7)
+    assert pixels_per_tile(mask_store, 10**9) == 1
+
+
 def test_masks_predicted_at_each_layers_own_size_equal_those_of_enlarged_features(
     mask_store: FeatureStore,
 ) -> None:
@@ -212,7 +204,7 @@ def test_masks_predicted_at_each_layers_own_size_equal_those_of_enlarged_feature
         for group in ("stride_04", "stride_08")
     ]
     pixels = torch.cat(enlarged, dim=1).movedim(1, -1).flatten(0, 2).numpy()
-    direct = probe.probabilities(pixels).reshape(len(rows), SIZE, SIZE, CLASSES)
+    direct = probe.probabilities(pixels)[0].reshape(len(rows), SIZE, SIZE, CLASSES)
     np.testing.assert_allclose(probabilities, np.moveaxis(direct, -1, 1), atol=1e-5)
     np.testing.assert_array_equal(targets, mask_store.targets(rows))
 

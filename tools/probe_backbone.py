@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from satdifuser.evaluate.baselines import STRENGTHS
-from satdifuser.evaluate.probes import LinearProbe
+from satdifuser.evaluate.probes import fit_probes
 from satdifuser.extract.backbone import find_backbone, load_backbone
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.layers import select_layers
@@ -127,9 +127,8 @@ def join(pooled: Pooled) -> Floats:
 
 def accuracy(x: Floats, y: NDArray[np.int64], x_val: Floats, y_val: NDArray[np.int64]) -> float:
     """Best val accuracy over the strengths."""
-    classes = int(y.max()) + 1
-    found = [LinearProbe(x, y, classes, c).probabilities(x_val).argmax(1) for c in STRENGTHS]
-    return float(max((labels == y_val).mean() for labels in found))
+    probes = fit_probes("logistic", x, y, int(y.max()) + 1, STRENGTHS)
+    return float((probes.probabilities(x_val).argmax(2) == y_val).mean(axis=1).max())
 
 
 if __name__ == "__main__":
