@@ -571,6 +571,45 @@ def report(
     click.echo(write_report(folders, out, command_line(), stores, patterns))
 
 
+@cli.command()
+@click.argument("places", metavar="STORE|MAP|SCENE…", nargs=-1, required=True, type=StorePlace())
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("view.html"), show_default=True)
+@click.option(
+    "--run", "run_folder", type=click.Path(path_type=Path), help="Also what this run predicts of stores."
+)
+@click.option("--timestep", type=int, help="Of the features that are shown.  [default: the middle one]")
+@click.option("--layers", metavar="NAMES", help="Layers to show: names or patterns, commas between.")
+@click.option("--bands", metavar="R,G,B", help="Of a scene: band numbers from 1, or descriptions.")
+@click.option(
+    "--size", type=click.IntRange(64, 8192), default=1200, show_default=True, help="Largest side, px."
+)
+def view(
+    places: tuple[Location, ...],
+    out: Path,
+    run_folder: Path | None,
+    timestep: int | None,
+    layers: str | None,
+    bands: str | None,
+    size: int,
+) -> None:
+    """Write one self-contained HTML page: scene, features, labels and predictions as layers with a slider.
+
+    Several stores, maps and scenes are laid on the ground of the first.
+    """
+    from satdifuser.evaluate.view.layers import Choice
+    from satdifuser.evaluate.view.page import ViewRequest, write_view
+    from satdifuser.evaluate.view.rasters import parse_bands
+    from satdifuser.fuse.predictor import Predictor
+    from satdifuser.fuse.run_folder import open_run
+    from satdifuser.pipeline import command_line
+
+    _check_output(out.parent, "-o")
+    choice = Choice(timestep, layers.split(",") if layers else [])
+    request = ViewRequest(choice, parse_bands(bands) if bands else None, size, command_line())
+    predictor = Predictor(open_run(run_folder)) if run_folder else None
+    click.echo(write_view(places, out, request, predictor))
+
+
 @cli.command("import-reference")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("store", required=False, type=StorePlace())
