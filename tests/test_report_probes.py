@@ -59,6 +59,18 @@ def test_maps_show_val_with_concatenations_at_the_edges(probe: Probe) -> None:
     assert "fitted on 600 tiles (100% of the labels)" in figures[0].caption
 
 
+def test_of_equal_cells_the_map_frames_the_one_that_was_chosen(probe: Probe) -> None:
+    table = probe.table[probe.table["labels"] == "100%"].copy()
+    table.loc[table["split"] == "val", "value"] = 0.5
+    figures = probe_figures(changed(probe, table))
+    body, choices = figures[0].body, figures[2].body
+    assert isinstance(body, HeatMap)
+    assert isinstance(choices, Table)
+    framed = [(layer, i) for _, layer, cells in body.rows for i, cell in enumerate(cells) if cell.chosen]
+    assert framed == [(LAYERS[0], 0)]
+    assert choices.rows[0]["chosen on val"] == "t 21, up 1 attn 0 attn1"
+
+
 def test_maps_of_several_draws_are_means(probe: Probe) -> None:
     few = changed(probe, probe.table[probe.table["labels"] == "10%"])
     figure = probe_figures(few)[0]
