@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -342,7 +342,7 @@ def fit(
 @click.option("--compare", is_flag=True, help="Say how sure the difference between two runs is.")
 @click.option("--across", is_flag=True, help="Sum models up over several data sets, as GEO-Bench does.")
 @click.option("--reference", type=click.Path(path_type=Path), help="Labels to assess a map of the run by.")
-@click.option("--map", "map_path", type=click.Path(path_type=Path), help="The map, of `satdifuser predict`.")
+@click.option("--map", "map_path", type=click.Path(path_type=Path), help="A map of `satdifuser predict`.")
 @pipeline_options
 @json_option
 def evaluate(
@@ -360,20 +360,19 @@ def evaluate(
     Of a folder that holds several runs only those that are best on val are measured: of each fusion one set
     of settings with all its seeds, and the baselines.
 
-    With --reference and --map: the accuracy of a map of the run and the areas of its classes, from labels of
-    a part of it.
+    With --reference: the accuracy of a map of the run and the areas of its classes, from labels of a part of
+    it. The map is the one at --map, or is made of the tiles of the store.
     """
+    if reference or map_path:
+        _assess(runs, reference, map_path, _load(config, overrides), as_json)
+        return
     from satdifuser.evaluate.chosen import choose_runs, ensure_all_evaluated, split_store
     from satdifuser.evaluate.chosen import evaluate as measure
     from satdifuser.evaluate.evaluation import format_metrics
     from satdifuser.evaluate.results import format_table, results_table
 
-    pipeline = _load(config, overrides)
-    settings = pipeline.evaluate
+    settings = _load(config, overrides).evaluate
     folders, store = split_store(runs)
-    if reference or map_path:
-        _assess(folders[0], reference, map_path, pipeline, as_json)
-        return
     if compare:
         from satdifuser.evaluate.comparison import compare_runs, format_comparison
 
@@ -397,17 +396,25 @@ def evaluate(
 
 
 def _assess(
-    run_folder: Path, reference: Path | None, map_path: Path | None, pipeline: Pipeline, as_json: bool
+    places: Sequence[Location],
+    reference: Path | None,
+    map_path: Path | None,
+    pipeline: Pipeline,
+    as_json: bool,
 ) -> None:
     """Print how good a map is."""
-    from satdifuser.evaluate.maps.assess import assess_map, format_assessment
+    from satdifuser.evaluate.maps.assess import assess_map, assess_store, format_assessment
 
-    if not reference or not map_path:
-        raise SettingsError(
-            f"{'--map' if reference else '--reference'}: missing; name both, the map by `satdifuser predict "
-            f"{run_folder} SCENE -o MAP.tif` and labels to assess it by"
-        )
-    found = assess_map(run_folder, map_path, reference, pipeline.label, pipeline.evaluate.level)
+    run_folder, store = Path(places[0]), places[1] if len(places) == 2 else None
+    if reference is None:
+        raise SettingsError("--reference: missing; name the labels to assess the map by")
+    if len(places) > 2 or (map_path and store):
+        raise SettingsError("--reference: takes one run, and either a store or a map (--map) of it")
+    label, level = pipeline.label, pipeline.evaluate.level
+    if map_path:
+        found = assess_map(run_folder, map_path, reference, label, level)
+    else:
+        found = assess_store(run_folder, store, reference, label, level)
     for note in found["notes"]:
         click.echo(note, err=True)
     click.echo(json.dumps(found) if as_json else format_assessment(found))

@@ -281,12 +281,13 @@ def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bo
     from satdifuser.evaluate.evaluation import ensure_measured_on_val, new_outcome
     from satdifuser.fuse.fit import check_task, fit_candidates
     from satdifuser.fuse.grid import expand
+    from satdifuser.fuse.leaderboard import BOARD_FILE
 
     check_task(store, pipeline.fit)
     candidates, runs = expand(pipeline.fit, store), []
     if pipeline.evaluate.baselines:
         runs += fit_baselines(store, pipeline.evaluate, folder, overwrite, pipeline.fit.partition)
-    board = folder / "leaderboard.csv"
+    board = folder / BOARD_FILE
     fitted = fit_candidates(store, candidates, folder, new_outcome, overwrite, board)
     for run in fitted:
         ensure_measured_on_val(run, store, pipeline.evaluate)

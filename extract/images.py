@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -78,14 +79,16 @@ def scale_to_rgb(tile: Tile, settings: ImageSettings) -> Prepared:
     valid = tile.valid & np.isfinite(raw).all(axis=0)
     if not valid.any():
         raise ImageError(f"tile {tile.record.tile_id}: no pixel holds data")
-    held = raw[:, valid]
+    where: Any = ... if valid.all() else valid  # most tiles are whole: nothing is copied for them
+    held = raw[:, where]
     raw_range = float(held.min()), float(held.max())
     scale = _scale(tile, settings, f"values {raw_range[0]:g} to {raw_range[1]:g}")
     with np.errstate(over="ignore"):
         scaled = raw * np.float32(scale) + np.float32(settings.offset)
-    clipped = np.abs(scaled[:, valid] - 0.5) > 0.5 + ROUNDING
+    clipped = np.abs(scaled[:, where] - 0.5) > 0.5 + ROUNDING
     rgb: Floats = np.clip(scaled, 0, 1)
-    rgb[:, ~valid] = rgb[:, valid].mean(axis=1, keepdims=True)
+    if where is valid:
+        rgb[:, ~valid] = rgb[:, valid].mean(axis=1, keepdims=True)
     return Prepared(rgb, raw_range, float(clipped.mean()))
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from made_up_report import fake_probe, fake_run, record_of, tile_store
 
-from satdifuser.evaluate.evaluation import ensure_evaluated, measure
+from satdifuser.evaluate.evaluation import ensure_evaluated, new_outcome
 from satdifuser.evaluate.report.page import write_report
 from satdifuser.evaluate.settings import EvaluateSettings
+from satdifuser.fuse.fit import fit
 from satdifuser.fuse.settings import FitSettings
-from satdifuser.fuse.train import fit
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_waiting_for_the_disk")]
 
@@ -83,7 +83,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tile_store(folder / "scenes.zarr")
     settings = FitSettings(projection=8, norm_groups=1, experts=3, warmup_steps=0, epochs=2, device="cpu")
     for fusion in ("global", "localized", "moe"):
-        run = fit(store, settings, fusion, 0, folder / fusion, measure)
+        run = fit(store, settings, fusion, 0, folder / fusion, new_outcome)
         ensure_evaluated(run, store, EvaluateSettings(bootstrap=5))
     fake_probe(folder / "sweep", store=record_of(store))
     masks = tile_store(folder / "masks.zarr", "segmentation")

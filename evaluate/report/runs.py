@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from satdifuser.evaluate.metrics import confusion_matrix, multilabel_table, per_class_table
 from satdifuser.evaluate.report.charts import Line, interval_chart, line_chart
-from satdifuser.evaluate.report.figure import Charts, Figure, Table
+from satdifuser.evaluate.report.figure import Charts, Figure, Table, as_text
 from satdifuser.evaluate.report.heat_map import heat_map
 from satdifuser.evaluate.results import (
     choice_sentence,
@@ -29,6 +30,7 @@ from satdifuser.evaluate.results import (
     score,
     span,
 )
+from satdifuser.fuse.leaderboard import BOARD_FILE
 from satdifuser.fuse.run_folder import SETTINGS_FILE, Run
 
 METRICS = {
@@ -89,6 +91,27 @@ def results_figures(results: pd.DataFrame, task: str, command: str) -> list[Figu
             pd.DataFrame(rows),
         ),
     ]
+
+
+def board_figures(runs: Sequence[Run]) -> list[Figure]:
+    """How all networks of the sweeps stand on val that these runs were chosen from."""
+    files = dict.fromkeys(run.path.parent / BOARD_FILE for run in runs)
+    return [board_figure(file, runs) for file in files if file.is_file()]
+
+
+def board_figure(file: Path, runs: Sequence[Run]) -> Figure:
+    """The networks of one sweep, best on val first."""
+    board = pd.read_csv(file)
+    rows = [{str(name): as_text(cell) for name, cell in row.items()} for row in board.to_dict("records")]
+    return Figure(
+        f"All networks in {file.parent.name}",
+        Table(rows),
+        "Every network of the sweep, as it stands on val. Of each fusion only the one that is best here is "
+        "measured on the reported split.",
+        "\n".join(command_of(run) for run in runs if run.path.parent == file.parent),
+        board,
+        str(file),
+    )
 
 
 def answer(results: pd.DataFrame) -> str:
