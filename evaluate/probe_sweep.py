@@ -83,9 +83,7 @@ def probe_store(
     return table
 
 
-def _identity(
-    store: FeatureStore, settings: ProbeSettings, evaluate: EvaluateSettings
-) -> dict[str, Any]:
+def _identity(store: FeatureStore, settings: ProbeSettings, evaluate: EvaluateSettings) -> dict[str, Any]:
     """What the lines of one journal have in common."""
     return {
         "settings": settings.model_dump(mode="json", exclude={"device"}),
@@ -94,13 +92,13 @@ def _identity(
     }
 
 
-def _fit_missing(
-    data: SweepData, cells: Sequence[Cell], journal: Journal, cluster: Cluster | None
-) -> None:
+def _fit_missing(data: SweepData, cells: Sequence[Cell], journal: Journal, cluster: Cluster | None) -> None:
     missing = [cell for cell in cells if str(cell) not in journal.cells]
     # the largest first, so that no worker is left alone with one at the end
     missing.sort(key=lambda cell: -len(data.drawn[cell.labels, cell.draw]) * len(data.inputs(cell)))
-    with tqdm(total=len(cells), initial=len(cells) - len(missing), desc="probe", unit="cell", disable=None) as bar:
+    with tqdm(
+        total=len(cells), initial=len(cells) - len(missing), desc="probe", unit="cell", disable=None
+    ) as bar:
         for cell, rows in fit_cells(data, missing, cluster):
             journal.add_cell(str(cell), rows)
             bar.update()
@@ -153,7 +151,7 @@ def _tabulate(
     table = []
     for cell in cells:
         common = {
-            "dataset": dataset_name(data.store),
+            "dataset": dataset_name(data.store.attributes.settings.get("source", {})),
             "partition": data.partition,
             "n_train": len(data.drawn[cell.labels, cell.draw]),
             "n_val": len(data.val_rows),
@@ -200,6 +198,7 @@ def _describe(
         "kind": "probe",
         "version": version("satdifuser"),
         "command": command,
+        "backbone": str(a.backbone.get("model")),
         "task": a.task,
         "classes": a.classes,
         "metric": MAIN_METRIC[str(a.task)],

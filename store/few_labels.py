@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satdifuser.errors import SettingsError, StoreError, suggest
-from satdifuser.store.schema import PARTITION_NAME
+from satdifuser.store.settings import PARTITION_NAME
 
 if TYPE_CHECKING:
     from satdifuser.store.reader import FeatureStore, Indices

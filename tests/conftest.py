@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,3 +52,13 @@ def mapped(tmp_path_factory: pytest.TempPathFactory) -> Mapped:
     from made_up_maps import make_mapped
 
     return make_mapped(tmp_path_factory.mktemp("mapped"))
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """A browser to look at pages with."""
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    names = [name for name in found if name]
+    if not names:
+        pytest.skip("no chromium is installed: the page cannot be looked at")
+    return names[0]
