@@ -20,7 +20,13 @@ from satdifuser.evaluate.settings import InputKind, ProbeKind, ProbeSettings
 from satdifuser.fuse.data import labelled
 from satdifuser.fuse.device import choose_device
 from satdifuser.store.encoding import Floats
-from satdifuser.store.few_labels import Budget, check_classes_known, class_presence, draw_labelled, parse_budgets
+from satdifuser.store.few_labels import (
+    Budget,
+    check_classes_known,
+    class_presence,
+    draw_labelled,
+    parse_budgets,
+)
 from satdifuser.store.reader import FeatureStore, Indices
 
 Row = dict[str, Any]

@@ -83,9 +83,7 @@ def probe_store(
     return table
 
 
-def _identity(
-    store: FeatureStore, settings: ProbeSettings, evaluate: EvaluateSettings
-) -> dict[str, Any]:
+def _identity(store: FeatureStore, settings: ProbeSettings, evaluate: EvaluateSettings) -> dict[str, Any]:
     """What the lines of one journal have in common."""
     return {
         "settings": settings.model_dump(mode="json", exclude={"device"}),
@@ -94,13 +92,13 @@ def _identity(
     }
 
 
-def _fit_missing(
-    data: SweepData, cells: Sequence[Cell], journal: Journal, cluster: Cluster | None
-) -> None:
+def _fit_missing(data: SweepData, cells: Sequence[Cell], journal: Journal, cluster: Cluster | None) -> None:
     missing = [cell for cell in cells if str(cell) not in journal.cells]
     # the largest first, so that no worker is left alone with one at the end
     missing.sort(key=lambda cell: -len(data.drawn[cell.labels, cell.draw]) * len(data.inputs(cell)))
-    with tqdm(total=len(cells), initial=len(cells) - len(missing), desc="probe", unit="cell", disable=None) as bar:
+    with tqdm(
+        total=len(cells), initial=len(cells) - len(missing), desc="probe", unit="cell", disable=None
+    ) as bar:
         for cell, rows in fit_cells(data, missing, cluster):
             journal.add_cell(str(cell), rows)
             bar.update()

@@ -57,9 +57,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def in_threads(
-    function: Callable[[T], R], items: Sequence[T], device: torch.device
-) -> Iterator[tuple[T, R]]:
+def in_threads(function: Callable[[T], R], items: Sequence[T], device: torch.device) -> Iterator[tuple[T, R]]:
     """Call a function for items, one of them in each thread at a time; yield each with its result when done."""
     count = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
     with one_thread():
@@ -72,9 +70,7 @@ def in_threads(
             pool.shutdown(cancel_futures=True)
 
 
-def _on_workers(
-    data: SweepData, cells: Sequence[Cell], cluster: Cluster
-) -> Iterator[tuple[Cell, list[Row]]]:
+def _on_workers(data: SweepData, cells: Sequence[Cell], cluster: Cluster) -> Iterator[tuple[Cell, list[Row]]]:
     path, hashes = data.store.path, data.store.hashes().model_dump_json()
     place: Location = path if isinstance(path, str) else path.resolve()
     with cluster.connect() as client:
@@ -106,5 +102,7 @@ def _data_of(place: Location, hashes: str, settings: str) -> SweepData:
     """What the cells of one sweep learn from, read once by each worker."""
     store = open_store(place)
     if store.hashes().model_dump_json() != hashes:
-        raise ClusterError(f"{place}: is another store for a worker than here; name one that all machines see")
+        raise ClusterError(
+            f"{place}: is another store for a worker than here; name one that all machines see"
+        )
     return SweepData(store, ProbeSettings.model_validate_json(settings))

@@ -246,9 +246,7 @@ def test_a_class_that_only_val_has_is_refused(tmp_path: Path) -> None:
     store = labelled_store(tmp_path / "s.zarr", "classification", targets)
     present = class_presence(store, np.arange(4))
     check_classes_known(store, present[:3], present[3:])
-    with pytest.raises(
-        StoreError, match=r"no training tile has the class ice \(2 tiles on val\), so"
-    ):
+    with pytest.raises(StoreError, match=r"no training tile has the class ice \(2 tiles on val\), so"):
         check_classes_known(store, present[:2], present[2:])
 
 
