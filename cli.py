@@ -338,6 +338,81 @@ def fit(
 
 
 @cli.command()
+@store_argument
+@pipeline_options
+@click.option("--labels", metavar="1%,10%", help="Learn from few labels: shares of the training tiles.")
+@click.option("--shots", metavar="1,5", help="… or so many training tiles of each class.")
+@click.option("--draws", type=click.IntRange(min=1), metavar="N", help="Draw few labels so often.")
+@click.option("--partition", metavar="NAME", help="Which partition of the store gives train, val and test.")
+@click.option("--no-test", is_flag=True, help="Leave the test split unread; a later call can measure on it.")
+@click.option("--workers", type=click.IntRange(min=1), help="Dask processes on this machine.")
+@click.option("--scheduler", metavar="ADDRESS", help="Use the workers of a Dask scheduler: tcp://HOST:8786.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the probe.")
+@overwrite_option
+@json_option
+def probe(
+    store: Location,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    labels: str | None,
+    shots: str | None,
+    draws: int | None,
+    partition: str | None,
+    no_test: bool,
+    workers: int | None,
+    scheduler: str | None,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Sweep linear probes over timesteps and layers: which features tell most, and how few labels suffice.
+
+    Everything is chosen on val; the test split is read for what was chosen only. The same command goes on
+    where it was interrupted.
+    """
+    from satdifuser.evaluate.probe_folder import open_probe
+    from satdifuser.evaluate.probe_sweep import probe_store
+    from satdifuser.evaluate.probe_text import format_probe, summarise_probe
+    from satdifuser.pipeline import command_line
+    from satdifuser.store.cluster import Cluster
+    from satdifuser.store.reader import open_store
+
+    if workers and scheduler:
+        raise SettingsError("--workers and --scheduler: each is a way by itself; name one of them")
+    asked = {"labels": labels, "shots": shots, "draws": draws, "partition": partition}
+    named = [f"probe.{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
+    pipeline = _load(config, (*overrides, *named))
+    folder = out or pipeline.output / "probe"
+    _check_output(folder, "output (-o)")
+    cluster = Cluster(workers or 0, scheduler or "", threads=1) if workers or scheduler else None
+    settings = (pipeline.probe, pipeline.evaluate)
+    table = probe_store(open_store(store), *settings, folder, command_line(), overwrite, not no_test, cluster)
+    info = open_probe(folder)[1]
+    click.echo(json.dumps(summarise_probe(table, info)) if as_json else format_probe(table, info))
+    click.echo(f"written to {folder}", err=True)
+
+
+@cli.command()
+@click.argument("folders", metavar="RUN|PROBE…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="A CSV file.  [default: stdout]")
+@overwrite_option
+def interchange(folders: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
+    """Write test figures of runs and probes with the columns of torchgeo-bench's result files."""
+    from satdifuser.evaluate.interchange import interchange_rows
+    from satdifuser.store.files import write_durably
+
+    text = interchange_rows(folders).to_csv(index=False)
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    if out.exists() and not overwrite:
+        raise SettingsError(f"-o: {out} is there; choose another name, or replace it with --overwrite")
+    _check_output(out.parent, "-o")
+    write_durably(out, text.encode())
+    click.echo(out)
+
+
+@cli.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN... [STORE]", type=StorePlace())
 @click.option("--compare", is_flag=True, help="Say how sure the difference between two runs is.")
 @click.option("--across", is_flag=True, help="Sum models up over several data sets, as GEO-Bench does.")

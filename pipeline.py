@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError, field_validator
 
 from satdifuser.errors import SettingsError, explain_settings, suggest
-from satdifuser.evaluate.settings import EvaluateSettings
+from satdifuser.evaluate.settings import EvaluateSettings, ProbeSettings
 from satdifuser.extract.settings import (
     BackboneSettings,
     ExtractSettings,
@@ -61,6 +61,7 @@ class Pipeline(Settings):
     label: LabelSettings = LabelSettings()
     store: StoreSettings = StoreSettings()
     fit: SweepSettings = SweepSettings()
+    probe: ProbeSettings = ProbeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     output: Path = Path("out")
 

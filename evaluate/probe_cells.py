@@ -83,9 +83,9 @@ class SweepData:
         settings: Partition, labels, pixels, seed.
 
     Raises:
-        SettingsError: a class has fewer tiles than shots, or its share is none, or there is no such partition.
-        StoreError: shards or targets are missing, a split is empty, or nothing can be told apart.
-        RunError: no tile of a split has a label, or one on val has a class that is absent from training.
+        SettingsError: a class has too few tiles for the labels asked for, or there is no such partition.
+        StoreError: shards or targets are missing, a split is empty, or there is nothing to tell apart.
+        RunError: no tile of a split has a label.
     """
 
     def __init__(self, store: FeatureStore, settings: ProbeSettings) -> None:

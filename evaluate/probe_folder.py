@@ -121,6 +121,18 @@ def write_probe(folder: Path, table: pd.DataFrame, info: Mapping[str, Any]) -> N
     write_durably(folder / PROBE_FILE, (json.dumps(info, indent=1) + "\n").encode())
 
 
+def open_probe(folder: Path) -> tuple[pd.DataFrame, Record]:
+    """A probe's table, and what probe.json holds.
+
+    Raises:
+        RunError: a file is missing or damaged.
+    """
+    try:
+        return pd.read_parquet(folder / TABLE_FILE), dict(json.loads((folder / PROBE_FILE).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise RunError(f"{folder}: no readable probe: {error}; run `satdifuser probe` again") from error
+
+
 def as_table(rows: list[Record]) -> pd.DataFrame:
     """Rows as a table with the columns of a probe."""
     table = pd.DataFrame(rows, columns=COLUMNS)

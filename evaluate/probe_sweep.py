@@ -151,7 +151,7 @@ def _tabulate(
     table = []
     for cell in cells:
         common = {
-            "dataset": dataset_name(data.store),
+            "dataset": dataset_name(data.store.attributes.settings.get("source", {})),
             "partition": data.partition,
             "n_train": len(data.drawn[cell.labels, cell.draw]),
             "n_val": len(data.val_rows),
@@ -198,6 +198,7 @@ def _describe(
         "kind": "probe",
         "version": version("satdifuser"),
         "command": command,
+        "backbone": str(a.backbone.get("model")),
         "task": a.task,
         "classes": a.classes,
         "metric": MAIN_METRIC[str(a.task)],

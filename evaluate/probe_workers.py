@@ -58,7 +58,7 @@ def one_thread() -> Iterator[None]:
 
 
 def in_threads(function: Callable[[T], R], items: Sequence[T], device: torch.device) -> Iterator[tuple[T, R]]:
-    """Call a function for items, one of them in each thread at a time; yield each with its result when done."""
+    """Call a function for items, one in each thread at a time; yield each with its result when done."""
     count = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
     with one_thread():
         pool = ThreadPoolExecutor(count)

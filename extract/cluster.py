@@ -24,6 +24,7 @@ from satdifuser.extract.reading import read_row
 from satdifuser.extract.run import ask_for_labels, planned_attributes, report_skipped, tell_what_is_there
 from satdifuser.extract.worker import Order, Report, extract_shard, own_versions, prepare, survey
 from satdifuser.store.cluster import CONNECT_SECONDS, Cluster
+from satdifuser.store.files import remove_orphans
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.writer import open_or_create
 
@@ -58,6 +59,7 @@ def extract_on_cluster(
             )
             tell_what_is_there(writer)
             done = _distribute(client, cluster, order, plan.records)
+            remove_orphans(out)  # of workers that died
             ask_for_labels(writer.attributes, done)
             store = FeatureStore(out)
             report_skipped(store)

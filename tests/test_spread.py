@@ -239,7 +239,8 @@ def test_two_workers_of_which_one_is_killed(config: Path, tmp_path: Path, digest
 
     out = tmp_path / "s.zarr"
     with started(command("extract", "-c", config, "-o", out, "--workers", "2")) as process:
-        wait_for(lambda: committed(out) >= 1)
+        wait_for(lambda: committed(out) >= 1 or process.poll() is not None)
+        assert process.poll() is None, process.communicate()[1]
         children = psutil.Process(process.pid).children(recursive=True)
         workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         assert len(workers) >= 2

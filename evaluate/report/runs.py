@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from satdifuser.evaluate.metrics import confusion_matrix, multilabel_table, per_class_table
-from satdifuser.evaluate.report.charts import Line, interval_chart, line_chart
+from satdifuser.evaluate.report.charts import Line, interval_chart, label_chart, line_chart
 from satdifuser.evaluate.report.figure import Charts, Figure, Table, as_text
 from satdifuser.evaluate.report.heat_map import heat_map
 from satdifuser.evaluate.results import (
@@ -91,6 +91,39 @@ def results_figures(results: pd.DataFrame, task: str, command: str) -> list[Figu
             pd.DataFrame(rows),
         ),
     ]
+
+
+def labels_figures(groups: Sequence[list[Run]]) -> list[Figure]:
+    """The figure of each fusion over the tiles it learned from, where runs learned from different numbers."""
+    tidy = [
+        {"fusion": run.info["fusion"], "tiles": run.info["train_tiles"], "draw": run.info["fit"]["draw"]}
+        | {"seed": run.info["seed"], "reported": run.metrics[reported_split(run)][main_metric(run)]}
+        for group in groups
+        for run in group
+        if "train_tiles" in run.info
+    ]
+    data = pd.DataFrame(tidy)
+    if data.empty or data["tiles"].nunique() < 2:
+        return []
+    run = groups[0][0]
+    lines = [labels_line(str(fusion), rows) for fusion, rows in data.groupby("fusion", sort=False)]
+    return [
+        Figure(
+            "How few labels suffice",
+            Charts([label_chart(lines, reported_split(run), main_metric(run))]),
+            "Mean over seeds and draws of the labels; upright lines reach from the lowest to the highest of "
+            "them. Each doubling of the tiles is a step of the same width.",
+            "\n".join(command_of(run) for group in groups for run in group if "train_tiles" in run.info),
+            data,
+        )
+    ]
+
+
+def labels_line(name: str, rows: pd.DataFrame) -> Line:
+    """Mean for each number of tiles, and how far it reaches."""
+    found = rows.groupby("tiles")["reported"].agg(["mean", "min", "max"])
+    points = [(float(str(tiles)), float(mean)) for tiles, mean in found["mean"].items()]
+    return Line(name, points, list(zip(found["min"], found["max"], strict=True)))
 
 
 def board_figures(runs: Sequence[Run]) -> list[Figure]:
