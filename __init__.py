@@ -26,11 +26,13 @@ from typing import TYPE_CHECKING, Any
 import satdifuser.extract as _extract_room
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from satdifuser.fuse.run_folder import Run
     from satdifuser.store.reader import FeatureStore
 
 __version__ = version("satdifuser")
-__all__ = ["extract", "fit", "label", "open_run", "open_store"]
+__all__ = ["extract", "fit", "label", "open_run", "open_store", "probe"]
 
 
 def open_store(path: str | Path) -> FeatureStore:
@@ -219,6 +221,58 @@ def fit(
     if evaluate is not None:
         ensure_evaluated(run, opened, pipeline.evaluate)
     return run
+
+
+def probe(
+    store: FeatureStore | str | Path,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    test: bool = True,
+    workers: int = 0,
+    scheduler: str = "",
+    evaluate: dict[str, Any] | None = None,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Sweep linear probes over a store's timesteps and layers, or go on where an earlier call stopped.
+
+    Args:
+        store: A store or its folder.
+        out: Folder of the probe; None for ``probe`` beside the store.
+        overwrite: Replace another probe that is there.
+        test: Read the test split for what was chosen on val; False leaves it unread.
+        workers: So many Dask processes on this machine …
+        scheduler: … or those of a scheduler; neither: threads of this process.
+        evaluate: The `evaluate` section, for bootstrap and level.
+        settings: Fields of the `probe` section, e.g. ``labels="1%,10%,100%", probes=["logistic"]``.
+
+    Returns:
+        One row for each metric of each probe; ``split`` says of which, ``chosen`` whether val chose it.
+
+    Raises:
+        SettingsError: naming every wrong setting at once.
+        StoreError: shards or targets are missing, a split is empty, or there is nothing to tell apart.
+        RunError: the folder holds another probe.
+
+    Example::
+
+        table = satdifuser.probe(store, labels="1%,10%,100%")
+        single = table.query("inputs == 'single' and split == 'val' and labels == '100%'")
+        single.pivot_table("value", "layer", "timestep", "max")      # the heat map
+        table.query("chosen and split == 'test' and metric == 'accuracy'")
+    """
+    from satdifuser.evaluate.probe_sweep import probe_store
+    from satdifuser.pipeline import validate_settings
+    from satdifuser.store.cluster import Cluster
+    from satdifuser.store.reader import FeatureStore
+
+    pipeline = validate_settings({"probe": settings, "evaluate": evaluate or {}}, "satdifuser.probe")
+    opened = store if isinstance(store, FeatureStore) else open_store(store)
+    beside = opened.path.parent if isinstance(opened.path, Path) else Path()
+    cluster = Cluster(workers, scheduler, threads=1) if workers or scheduler else None
+    folder = Path(out) if out else beside / "probe"
+    command = f"satdifuser probe {opened.path} -o {folder}"
+    return probe_store(opened, pipeline.probe, pipeline.evaluate, folder, command, overwrite, test, cluster)
 
 
 def _callable_room(room: ModuleType, verb: Callable[..., Any]) -> ModuleType:

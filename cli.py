@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -259,7 +259,8 @@ def extract(
     _check_output(path.parent, "store.path (-o)")
     with _telling_what_is_kept(path):
         if workers or scheduler:
-            from satdifuser.extract.cluster import Cluster, extract_on_cluster
+            from satdifuser.extract.cluster import extract_on_cluster
+            from satdifuser.store.cluster import Cluster
 
             cluster = Cluster(workers or 0, scheduler or "")
             click.echo(extract_on_cluster(job, path, cluster, overwrite, ignore_free_space))
@@ -338,11 +339,86 @@ def fit(
 
 
 @cli.command()
+@store_argument
+@pipeline_options
+@click.option("--labels", metavar="1%,10%", help="Learn from few labels: shares of the training tiles.")
+@click.option("--shots", metavar="1,5", help="… or so many training tiles of each class.")
+@click.option("--draws", type=click.IntRange(min=1), metavar="N", help="Draw few labels so often.")
+@click.option("--partition", metavar="NAME", help="Which partition of the store gives train, val and test.")
+@click.option("--no-test", is_flag=True, help="Leave the test split unread; a later call can measure on it.")
+@click.option("--workers", type=click.IntRange(min=1), help="Dask processes on this machine.")
+@click.option("--scheduler", metavar="ADDRESS", help="Use the workers of a Dask scheduler: tcp://HOST:8786.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the probe.")
+@overwrite_option
+@json_option
+def probe(
+    store: Location,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    labels: str | None,
+    shots: str | None,
+    draws: int | None,
+    partition: str | None,
+    no_test: bool,
+    workers: int | None,
+    scheduler: str | None,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Sweep linear probes over timesteps and layers: which features tell most, and how few labels suffice.
+
+    Everything is chosen on val; the test split is read for what was chosen only. The same command goes on
+    where it was interrupted.
+    """
+    from satdifuser.evaluate.probe_folder import open_probe
+    from satdifuser.evaluate.probe_sweep import probe_store
+    from satdifuser.evaluate.probe_text import format_probe, summarise_probe
+    from satdifuser.pipeline import command_line
+    from satdifuser.store.cluster import Cluster
+    from satdifuser.store.reader import open_store
+
+    if workers and scheduler:
+        raise SettingsError("--workers and --scheduler: each is a way by itself; name one of them")
+    asked = {"labels": labels, "shots": shots, "draws": draws, "partition": partition}
+    named = [f"probe.{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
+    pipeline = _load(config, (*overrides, *named))
+    folder = out or pipeline.output / "probe"
+    _check_output(folder, "output (-o)")
+    cluster = Cluster(workers or 0, scheduler or "", threads=1) if workers or scheduler else None
+    settings = (pipeline.probe, pipeline.evaluate)
+    table = probe_store(open_store(store), *settings, folder, command_line(), overwrite, not no_test, cluster)
+    info = open_probe(folder)[1]
+    click.echo(json.dumps(summarise_probe(table, info)) if as_json else format_probe(table, info))
+    click.echo(f"written to {folder}", err=True)
+
+
+@cli.command()
+@click.argument("folders", metavar="RUN|PROBE…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="A CSV file.  [default: stdout]")
+@overwrite_option
+def interchange(folders: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
+    """Write test figures of runs and probes with the columns of torchgeo-bench's result files."""
+    from satdifuser.evaluate.interchange import interchange_rows
+    from satdifuser.store.files import write_durably
+
+    text = interchange_rows(folders).to_csv(index=False)
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    if out.exists() and not overwrite:
+        raise SettingsError(f"-o: {out} is there; choose another name, or replace it with --overwrite")
+    _check_output(out.parent, "-o")
+    write_durably(out, text.encode())
+    click.echo(out)
+
+
+@cli.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN... [STORE]", type=StorePlace())
 @click.option("--compare", is_flag=True, help="Say how sure the difference between two runs is.")
 @click.option("--across", is_flag=True, help="Sum models up over several data sets, as GEO-Bench does.")
 @click.option("--reference", type=click.Path(path_type=Path), help="Labels to assess a map of the run by.")
-@click.option("--map", "map_path", type=click.Path(path_type=Path), help="The map, of `satdifuser predict`.")
+@click.option("--map", "map_path", type=click.Path(path_type=Path), help="A map of `satdifuser predict`.")
 @pipeline_options
 @json_option
 def evaluate(
@@ -360,20 +436,19 @@ def evaluate(
     Of a folder that holds several runs only those that are best on val are measured: of each fusion one set
     of settings with all its seeds, and the baselines.
 
-    With --reference and --map: the accuracy of a map of the run and the areas of its classes, from labels of
-    a part of it.
+    With --reference: the accuracy of a map of the run and the areas of its classes, from labels of a part of
+    it. The map is the one at --map, or is made of the tiles of the store.
     """
+    if reference or map_path:
+        _assess(runs, reference, map_path, _load(config, overrides), as_json)
+        return
     from satdifuser.evaluate.chosen import choose_runs, ensure_all_evaluated, split_store
     from satdifuser.evaluate.chosen import evaluate as measure
     from satdifuser.evaluate.evaluation import format_metrics
     from satdifuser.evaluate.results import format_table, results_table
 
-    pipeline = _load(config, overrides)
-    settings = pipeline.evaluate
+    settings = _load(config, overrides).evaluate
     folders, store = split_store(runs)
-    if reference or map_path:
-        _assess(folders[0], reference, map_path, pipeline, as_json)
-        return
     if compare:
         from satdifuser.evaluate.comparison import compare_runs, format_comparison
 
@@ -397,17 +472,25 @@ def evaluate(
 
 
 def _assess(
-    run_folder: Path, reference: Path | None, map_path: Path | None, pipeline: Pipeline, as_json: bool
+    places: Sequence[Location],
+    reference: Path | None,
+    map_path: Path | None,
+    pipeline: Pipeline,
+    as_json: bool,
 ) -> None:
     """Print how good a map is."""
-    from satdifuser.evaluate.maps.assess import assess_map, format_assessment
+    from satdifuser.evaluate.maps.assess import assess_map, assess_store, format_assessment
 
-    if not reference or not map_path:
-        raise SettingsError(
-            f"{'--map' if reference else '--reference'}: missing; name both, the map by `satdifuser predict "
-            f"{run_folder} SCENE -o MAP.tif` and labels to assess it by"
-        )
-    found = assess_map(run_folder, map_path, reference, pipeline.label, pipeline.evaluate.level)
+    run_folder, store = Path(places[0]), places[1] if len(places) == 2 else None
+    if reference is None:
+        raise SettingsError("--reference: missing; name the labels to assess the map by")
+    if len(places) > 2 or (map_path and store):
+        raise SettingsError("--reference: takes one run, and either a store or a map (--map) of it")
+    label, level = pipeline.label, pipeline.evaluate.level
+    if map_path:
+        found = assess_map(run_folder, map_path, reference, label, level)
+    else:
+        found = assess_store(run_folder, store, reference, label, level)
     for note in found["notes"]:
         click.echo(note, err=True)
     click.echo(json.dumps(found) if as_json else format_assessment(found))
@@ -487,6 +570,45 @@ def report(
     ensure_reported(folders, split, stores)
     patterns = layers.split(",") if layers else []
     click.echo(write_report(folders, out, command_line(), stores, patterns))
+
+
+@cli.command()
+@click.argument("places", metavar="STORE|MAP|SCENE…", nargs=-1, required=True, type=StorePlace())
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("view.html"), show_default=True)
+@click.option(
+    "--run", "run_folder", type=click.Path(path_type=Path), help="Also what this run predicts of stores."
+)
+@click.option("--timestep", type=int, help="Of the features that are shown.  [default: the middle one]")
+@click.option("--layers", metavar="NAMES", help="Layers to show: names or patterns, commas between.")
+@click.option("--bands", metavar="R,G,B", help="Of a scene: band numbers from 1, or descriptions.")
+@click.option(
+    "--size", type=click.IntRange(64, 8192), default=1200, show_default=True, help="Largest side, px."
+)
+def view(
+    places: tuple[Location, ...],
+    out: Path,
+    run_folder: Path | None,
+    timestep: int | None,
+    layers: str | None,
+    bands: str | None,
+    size: int,
+) -> None:
+    """Write one self-contained HTML page: scene, features, labels and predictions as layers with a slider.
+
+    Several stores, maps and scenes are laid on the ground of the first.
+    """
+    from satdifuser.evaluate.view.layers import Choice
+    from satdifuser.evaluate.view.page import ViewRequest, write_view
+    from satdifuser.evaluate.view.rasters import parse_bands
+    from satdifuser.fuse.predictor import Predictor
+    from satdifuser.fuse.run_folder import open_run
+    from satdifuser.pipeline import command_line
+
+    _check_output(out.parent, "-o")
+    choice = Choice(timestep, layers.split(",") if layers else [])
+    request = ViewRequest(choice, parse_bands(bands) if bands else None, size, command_line())
+    predictor = Predictor(open_run(run_folder)) if run_folder else None
+    click.echo(write_view(places, out, request, predictor))
 
 
 @cli.command("import-reference")

@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError, field_validator
 
 from satdifuser.errors import SettingsError, explain_settings, suggest
-from satdifuser.evaluate.settings import EvaluateSettings
+from satdifuser.evaluate.settings import EvaluateSettings, ProbeSettings
 from satdifuser.extract.settings import (
     BackboneSettings,
     ExtractSettings,
@@ -61,6 +61,7 @@ class Pipeline(Settings):
     label: LabelSettings = LabelSettings()
     store: StoreSettings = StoreSettings()
     fit: SweepSettings = SweepSettings()
+    probe: ProbeSettings = ProbeSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     output: Path = Path("out")
 
@@ -281,12 +282,13 @@ def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bo
     from satdifuser.evaluate.evaluation import ensure_measured_on_val, new_outcome
     from satdifuser.fuse.fit import check_task, fit_candidates
     from satdifuser.fuse.grid import expand
+    from satdifuser.fuse.leaderboard import BOARD_FILE
 
     check_task(store, pipeline.fit)
     candidates, runs = expand(pipeline.fit, store), []
     if pipeline.evaluate.baselines:
         runs += fit_baselines(store, pipeline.evaluate, folder, overwrite, pipeline.fit.partition)
-    board = folder / "leaderboard.csv"
+    board = folder / BOARD_FILE
     fitted = fit_candidates(store, candidates, folder, new_outcome, overwrite, board)
     for run in fitted:
         ensure_measured_on_val(run, store, pipeline.evaluate)

@@ -32,10 +32,10 @@ class ProbeSettings(Settings):
     inputs: list[InputKind] = Field(default=["single", "timestep", "layer", "all"], min_length=1)
     probes: list[ProbeKind] | Literal["auto"] = "auto"
     logistic: list[PositiveFloat] = Field(
-        default=[0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0], min_length=1
+        default=[0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0], min_length=1
     )
     ridge: list[PositiveFloat] = Field(
-        default=[100000.0, 30000.0, 10000.0, 3000.0, 1000.0, 300.0, 100.0, 30.0, 10.0, 1.0], min_length=1
+        default=[30000.0, 10000.0, 3000.0, 1000.0, 300.0, 100.0, 30.0, 10.0, 1.0, 0.1], min_length=1
     )
     neighbours: list[PositiveInt] = Field(default=[1, 3, 5, 10, 20, 50], min_length=1)
     labels: str = ""

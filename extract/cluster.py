@@ -6,13 +6,11 @@ and the scheduler may be started anew: whatever is not committed is sent out aga
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,62 +23,17 @@ from satdifuser.extract.plan import Plan, make_plan, require_space
 from satdifuser.extract.reading import read_row
 from satdifuser.extract.run import ask_for_labels, planned_attributes, report_skipped, tell_what_is_there
 from satdifuser.extract.worker import Order, Report, extract_shard, own_versions, prepare, survey
+from satdifuser.store.cluster import CONNECT_SECONDS, Cluster
 from satdifuser.store.files import remove_orphans
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.writer import open_or_create
 
-CONNECT_SECONDS, RECONNECT_SECONDS = 30.0, 600.0
+RECONNECT_SECONDS = 600.0
 SHOWN_WORKERS = 6
-LOCAL_OPTIONS: dict[str, Any] = {
-    "threads_per_worker": 2,  # one writes while the other computes
-    "memory_limit": 0,  # a worker that is killed by Dask is a shard done twice
-    "dashboard_address": None,
-    "silence_logs": logging.ERROR,
-}
-Connect = Callable[[], Any]  # a context manager that yields a Dask client
 
 
 class SchedulerLostError(Exception):
     """The scheduler is gone, or has forgotten what it was given."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where the workers are: so many processes of this machine, or those of a scheduler."""
-
-    workers: int = 0
-    scheduler: str = ""
-
-    @contextmanager
-    def connect(self, patience: float = CONNECT_SECONDS) -> Iterator[Any]:
-        """A client of the cluster.
-
-        Raises:
-            ClusterError: Dask is not installed, or the scheduler cannot be reached.
-        """
-        try:
-            from distributed import Client, LocalCluster
-        except ImportError as error:
-            raise ClusterError(
-                "several workers need Dask: install it with `pip install 'satdifuser[dask]'`"
-            ) from error
-        if not self.scheduler:
-            with (
-                LocalCluster(n_workers=self.workers, **LOCAL_OPTIONS) as local,
-                Client(local) as client,
-            ):
-                yield client
-            return
-        try:
-            client = Client(self.scheduler, timeout=patience)
-        except (OSError, TimeoutError, ValueError) as error:
-            raise ClusterError(
-                f"--scheduler {self.scheduler}: cannot be reached within {patience:.0f} s ({error}); start "
-                "it with `dask scheduler`, or name its address; the same command goes on with what is "
-                "committed"
-            ) from error
-        with client:
-            yield client
 
 
 def extract_on_cluster(

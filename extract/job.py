@@ -36,7 +36,6 @@ from satdifuser.store.encoding import decode_formula
 from satdifuser.store.reader import FeatureStore, is_store
 from satdifuser.store.schema import (
     DEFAULT_PARTITION,
-    PARTITION_NAME,
     Attributes,
     Hashes,
     LayerInfo,
@@ -45,7 +44,7 @@ from satdifuser.store.schema import (
     contents_hash,
     kept_layers,
 )
-from satdifuser.store.settings import StoreSettings
+from satdifuser.store.settings import PARTITION_NAME, StoreSettings
 
 CPU_BATCH = 8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +43,11 @@ def expand(settings: SweepSettings, store: FeatureStore) -> list[Candidate]:
     Raises:
         SettingsError: the store does not hold a timestep, or no layer matches a pattern.
     """
-    lists: dict[str, Any] = {
-        "head": settings.head if are_values(settings.head) else [settings.head],
-        "lr": settings.lr if are_values(settings.lr) else [settings.lr],
-        "layers": settings.layers if are_lists(settings.layers) else [settings.layers],
-        "timesteps": settings.timesteps if are_lists(settings.timesteps) else [settings.timesteps],
+    lists: dict[str, Sequence[Any]] = {
+        "head": _several(settings.head, are_values),
+        "lr": _several(settings.lr, are_values),
+        "layers": _several(settings.layers, are_lists),
+        "timesteps": _several(settings.timesteps, are_lists),
         "budget": parse_budgets(settings.labels, settings.shots),
     }
     varied = [name for name, values in lists.items() if len(values) > 1]
@@ -61,6 +61,11 @@ def expand(settings: SweepSettings, store: FeatureStore) -> list[Candidate]:
                 name = "-".join([fusion, *told, *drawn, f"seed{seed}"])
                 found.setdefault(name, Candidate(name, fusion, seed, one.model_copy(update={"draw": draw})))
     return list(found.values())
+
+
+def _several(value: Any, are_several: Callable[[Any], bool]) -> list[Any]:
+    """Several values as they are, one in a list."""
+    return list(value) if are_several(value) else [value]
 
 
 def few_labels(budget: Budget) -> dict[str, str]:

@@ -14,6 +14,7 @@ from satdifuser.fuse.train import MAIN_METRIC, Training
 from satdifuser.store.files import write_durably
 
 Row = dict[str, Any]
+BOARD_FILE = "leaderboard.csv"
 
 
 def standings(

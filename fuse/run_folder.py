@@ -133,8 +133,9 @@ def save_run(
     if state is not None:
         arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in state.items()}
         for group, (mean, spread) in (statistics or {}).items():
-            arrays[f"{STATISTICS_PREFIX}{group}.mean"] = mean
-            arrays[f"{STATISTICS_PREFIX}{group}.spread"] = spread
+            # safetensors writes memory as it lies, also where that is not in the order of the axes
+            arrays[f"{STATISTICS_PREFIX}{group}.mean"] = np.ascontiguousarray(mean)
+            arrays[f"{STATISTICS_PREFIX}{group}.spread"] = np.ascontiguousarray(spread)
         weights = save(arrays)
         write_durably(path / MODEL_FILE, weights)
         info = info | {"model_sha256": hashlib.sha256(weights).hexdigest()}

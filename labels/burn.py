@@ -7,6 +7,7 @@ Legend: S shapes, H and W pixels of the tile.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,12 +15,13 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 from rasterio.crs import CRS
+from rasterio.errors import NotGeoreferencedWarning
 from rasterio.features import rasterize
 from rasterio.transform import Affine
 from rasterio.warp import transform, transform_bounds
 
 from satdifuser.labels.classes import IGNORE
-from satdifuser.store.georeference import Georeference
+from satdifuser.store.georeference import OPENING, Georeference
 
 MARGIN = 0.05  # of a tile's size, cut out beyond its edges
 PIECES = 16  # into which an edge as long as the tile is cut before it is projected
@@ -124,12 +126,14 @@ class PlacedShapes:
     def _rasterize(
         self, shapes: Any, values: list[int], place: Georeference, size: tuple[int, int], fill: int
     ) -> NDArray[np.uint8]:
-        burnt: NDArray[np.uint8] = rasterize(
-            zip(shapes, values, strict=False),
-            out_shape=size,
-            transform=Affine(*place.transform),
-            fill=fill,
-            all_touched=self._all_touched,
-            dtype="uint8",
-        )
+        with OPENING, warnings.catch_warnings():  # rasterio opens a raster in memory, which has no place yet
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            burnt: NDArray[np.uint8] = rasterize(
+                zip(shapes, values, strict=False),
+                out_shape=size,
+                transform=Affine(*place.transform),
+                fill=fill,
+                all_touched=self._all_touched,
+                dtype="uint8",
+            )
         return burnt

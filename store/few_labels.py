@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satdifuser.errors import SettingsError, StoreError, suggest
-from satdifuser.store.schema import PARTITION_NAME
+from satdifuser.store.settings import PARTITION_NAME
 
 if TYPE_CHECKING:
     from satdifuser.store.reader import FeatureStore, Indices
@@ -99,7 +99,14 @@ def _parse_shots(text: str) -> Budget:
     return Budget(shots=int(text))
 
 
-def draw_labelled(store: FeatureStore, rows: Indices, budget: Budget, seed: int, draw: int = 0) -> Indices:
+def draw_labelled(
+    store: FeatureStore,
+    rows: Indices,
+    budget: Budget,
+    seed: int,
+    draw: int = 0,
+    present: Presence | None = None,
+) -> Indices:
     """The tiles among some rows whose labels may be used.
 
     Args:
@@ -108,6 +115,7 @@ def draw_labelled(store: FeatureStore, rows: Indices, budget: Budget, seed: int,
         budget: How many.
         seed: Of the draws.
         draw: Which one; draws of one number are nested in each other over all budgets.
+        present: The tiles' classes, where `class_presence` was asked before.
 
     Returns:
         Rows in rising order.
@@ -117,9 +125,10 @@ def draw_labelled(store: FeatureStore, rows: Indices, budget: Budget, seed: int,
             no such partition.
         StoreError: the tiles have one class only, or none.
     """
+    present = class_presence(store, rows) if present is None else present
     if budget.partition:
-        rows = _partition_rows(store, rows, budget.partition)
-    present = class_presence(store, rows)
+        held = np.isin(rows, _partition_rows(store, rows, budget.partition))
+        rows, present = rows[held], present[held]
     check_classes_differ(store, present)
     if store.attributes.task == "segmentation":
         shown = present.any(axis=1)
@@ -178,6 +187,22 @@ def check_classes_differ(store: FeatureStore, present: Presence) -> None:
         f"{store.path}: nothing to tell apart: the classes of all {len(present)} training tiles are the same "
         f"({held}); choose a partition, or extract from a source, whose split train holds two or more"
     )
+
+
+def check_classes_known(store: FeatureStore, train: Presence, val: Presence) -> None:
+    """Refuse a class on val that no training tile has; among several classes a tile it is only never found.
+
+    Raises:
+        StoreError: there is one.
+    """
+    counts, names = val.sum(axis=0), store.attributes.classes
+    unknown = np.flatnonzero((counts > 0) & ~train.any(axis=0))
+    if len(unknown) and store.attributes.task != "multilabel":
+        which = ", ".join(f"{names[c]} ({counts[c]} tiles on val)" for c in unknown)
+        raise StoreError(
+            f"{store.path}: no training tile has the class {which}, so nothing can learn it; choose another "
+            "partition, or label or extract again with splits that hold every class"
+        )
 
 
 def draw_tiles(

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from satdifuser.store.encoding import FORMS
-from satdifuser.store.settings import Encoding, Settings, StoreSettings
+from satdifuser.store.settings import PARTITION_NAME, Encoding, Settings, StoreSettings
 
 FORMAT_VERSION = 1
 ATTRIBUTE_KEY = "satdifuser"
@@ -25,7 +25,6 @@ MAX_SHARD_BYTES = 512 * 10**6
 # No store comes near these; one that claims more is hostile, and is refused before it costs memory.
 MAX_TILES, MAX_SHARDS, MAX_NAMES, MAX_SIDE, MAX_CHANNELS = 10**8, 10**6, 10**5, 2**16, 2**16
 Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
-PARTITION_NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
 PartitionName = Annotated[str, Field(pattern=f"^{PARTITION_NAME}$")]
 Channels = Annotated[int, Field(gt=0, le=MAX_CHANNELS)]
 

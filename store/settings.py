@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
+PARTITION_NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
+
 Encoding = Literal["float32", "float16", "rounded", "int8", "int4", "reduced"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test never reaches for a model hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads of several processes slow each other down
+
+
+# One set of kernels on every processor: recorded gradients of some norms are only as exact as their rounding
+# (2e-4 from those of float64), which other instructions round otherwise.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,3 +57,13 @@ def mapped(tmp_path_factory: pytest.TempPathFactory) -> Mapped:
     from made_up_maps import make_mapped
 
     return make_mapped(tmp_path_factory.mktemp("mapped"))
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """A browser to look at pages with."""
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    names = [name for name in found if name]
+    if not names:
+        pytest.skip("no chromium is installed: the page cannot be looked at")
+    return names[0]

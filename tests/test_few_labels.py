@@ -19,6 +19,7 @@ from satdifuser.store.encoding import encode
 from satdifuser.store.few_labels import (
     ALL_LABELS,
     Budget,
+    check_classes_known,
     class_presence,
     draw_labelled,
     draw_tiles,
@@ -238,6 +239,15 @@ def test_a_partition_stands_for_a_draw(tmp_path: Path) -> None:
     message = r"labels: got 'smal', expected a share such as 10%, or a partition of .*: default, smaller; did"
     with pytest.raises(SettingsError, match=message):
         draw_labelled(store, np.arange(4), Budget(partition="smal"), seed=0)
+
+
+def test_a_class_that_only_val_has_is_refused(tmp_path: Path) -> None:
+    targets = [np.array(c, np.int32) for c in (0, 1, 2, 2)]
+    store = labelled_store(tmp_path / "s.zarr", "classification", targets)
+    present = class_presence(store, np.arange(4))
+    check_classes_known(store, present[:3], present[3:])
+    with pytest.raises(StoreError, match=r"no training tile has the class ice \(2 tiles on val\), so"):
+        check_classes_known(store, present[:2], present[2:])
 
 
 @pytest.mark.parametrize(

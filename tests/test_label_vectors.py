@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +248,14 @@ def test_a_miss_is_explained(tmp_path: Path) -> None:
         in told
     )
     assert "the tiles have no place on the ground" in explain_miss(labels, tally, [None], (8, 8))
+
+
+def test_tiles_are_labelled_in_several_threads_at_once() -> None:
+    """Warnings are errors here, and hiding those of one thread must not show those of another."""
+    shapes = np.array([box(i, i, 20, 20) for i in range(0, 60, 3)])
+    placed = PlacedShapes(shapes, np.zeros(20, np.uint8), CRS, False, "ignore")
+    places = [PLACE.shifted(i, i) for i in range(64)] * 8
+    expected = [placed.burn(place, (16, 16)).mask for place in places[:64]] * 8
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda place: placed.burn(place, (16, 16)).mask, places))
+    np.testing.assert_array_equal(found, expected)

@@ -15,8 +15,9 @@ from command_line import refuse, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import run_record
-from made_up_scene import box, point, write_scene, write_vectors
+from made_up_scene import box, point, scene_store, write_scene, write_vectors
 
+import satdifuser
 from satdifuser.evaluate.maps import assess
 from satdifuser.evaluate.maps.assess import pixel_areas
 from satdifuser.evaluate.maps.estimators import estimate
@@ -199,9 +200,9 @@ def test_a_class_without_reference_is_told(run: Path, tmp_path: Path) -> None:
 def test_errors(run: Path, tmp_path: Path) -> None:
     map_path, words = write_map(tmp_path / "m.tif"), ["evaluate", run]
     path = write_vectors(tmp_path / "r.gpkg", [box(0, 0, 9, 9)], ["water"])
-    told = refuse(*words, "--reference", path)
-    assert f"--map: missing; name both, the map by `satdifuser predict {run} SCENE -o MAP.tif`" in told
-    assert "--reference: missing; name both" in refuse(*words, "--map", map_path)
+    assert "--reference: missing; name the labels to assess" in refuse(*words, "--map", map_path)
+    told = refuse(*words, "s.zarr", "--reference", path, "--map", map_path)
+    assert "--reference: takes one run, and either a store or a map (--map) of it" in told
     other = write_map(tmp_path / "o.tif", ["sea", "forest"])
     told = refuse(*words, "--reference", path, "--map", other)
     assert "o.tif: maps the classes sea, forest, but" in told
@@ -227,3 +228,21 @@ def test_errors(run: Path, tmp_path: Path) -> None:
     assert "n.tif: holds the class number 7, expected 0 to 1, or 255 for no data" in told
     nowhere = write_map(tmp_path / "w.tif", crs=None)
     assert "w.tif: has no CRS or transform" in refuse(*words, "--reference", path, "--map", nowhere)
+
+
+def test_a_run_and_its_store_alone(tmp_path: Path) -> None:
+    """What is told is that of the map that `predict` makes of the store."""
+    scene_store(tmp_path / "s.zarr", feature_identity={"images": {}})
+    fields = write_vectors(tmp_path / "f.gpkg", [box(0, 0, 16, 32), box(16, 0, 16, 32)], ["water", "forest"])
+    succeed("label", tmp_path / "s.zarr", fields)
+    run = tmp_path / "run"
+    satdifuser.fit(tmp_path / "s.zarr", out=run, epochs=1, batch_size=4)
+    alone = json.loads(succeed("evaluate", run, "--reference", fields, "--json"))
+    succeed("predict", run, tmp_path / "s.zarr", "-o", tmp_path / "m.tif")
+    mapped = json.loads(
+        succeed("evaluate", run, "--reference", fields, "--map", tmp_path / "m.tif", "--json")
+    )
+    assert alone.pop("map") == f"{run} on {tmp_path / 's.zarr'}"
+    mapped.pop("map")
+    assert alone == mapped
+    assert alone["reference_pixels"] == 32 * 32

@@ -69,6 +69,7 @@ def test_wheel_holds_the_package_and_no_tests(wheel: Path) -> None:
         "pipeline.yaml",
         "py.typed",
         "evaluate/report/page.html.jinja",
+        "evaluate/view/view.html.jinja",
         "evaluate/report/page.css",
         "weights/embedded/unet/diffusion_pytorch_model.safetensors",
         "weights/embedded/vae/diffusion_pytorch_model.safetensors",

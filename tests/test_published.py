@@ -23,7 +23,7 @@ from satdifuser.evaluate.published import (
     format_published,
     published_beside,
 )
-from satdifuser.evaluate.report import score_cells
+from satdifuser.evaluate.report.runs import score_cells
 from satdifuser.extract.geobench_datasets import SCALES
 from satdifuser.extract.noising import PRESETS
 from satdifuser.fuse.fit import fit

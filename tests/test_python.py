@@ -162,7 +162,8 @@ def test_a_store_names_what_presets_and_autos_became(store: FeatureStore) -> Non
     assert settings["source"]["tile_size"] == list(store.attributes.tile_size)
     assert settings["extract"]["timesteps"] == [21, 61]
     assert settings["store"]["tiles_per_shard"] == store.attributes.tiles_per_shard
-    stages = {section: settings[section] for section in ("source", "backbone", "extract", "store")}
+    stages = {section: dict(settings[section]) for section in ("source", "backbone", "extract", "store")}
+    del stages["extract"]["read_threads"]  # of the machine; shapes nothing
     assert "auto" not in str(stages)
 
 

@@ -273,13 +273,36 @@ def test_broken_runs_are_named(classification_runs: list[Path], tmp_path: Path) 
 
 
 def test_runs_and_probes_are_found_in_a_folder_and_beside_it(tmp_path: Path) -> None:
-    runs = [fake_run(tmp_path / name) for name in ("a", "b")]
+    runs = [fake_run(tmp_path / name, fusion=fusion) for name, fusion in (("a", "global"), ("b", "moe"))]
     probe = fake_probe(tmp_path / "sweep")
     (tmp_path / "notes").mkdir()
     assert find_reported([tmp_path]) == (runs, [probe])
     assert find_reported([probe, runs[1]]) == ([runs[1]], [probe])
     other = fake_run(tmp_path / "notes/far/x")
     assert find_reported([other, tmp_path, runs[0]]) == ([other, *runs], [probe])
+
+
+def test_runs_of_few_labels_have_a_curve(tmp_path: Path) -> None:
+    runs = [
+        fake_run(tmp_path / f"moe-{tiles}-{draw}", fusion="moe", seed=draw, skill=skill, train_tiles=tiles,
+                 fit={"labels": f"{tiles}%", "draw": draw})
+        for tiles, draw, skill in ((10, 0, 0.5), (10, 1, 0.6), (100, 0, 0.9))
+    ]  # fmt: skip
+    page = page_of(runs, tmp_path)
+    reported = [json.loads((run / "metrics.json").read_text())["test"]["accuracy"] for run in runs]
+    assert f"<title>moe: {np.mean(reported[:2]):.4g} at 10</title>" in page.source
+    assert f"<title>moe: {reported[2]:.4g} at 100</title>" in page.source
+    assert "How few labels suffice" in page.words
+    assert "How few labels suffice" not in page_of(runs[:2], tmp_path).words
+
+
+def test_the_board_of_a_sweep_is_shown(classification_runs: list[Path], tmp_path: Path) -> None:
+    board = pd.DataFrame({"run": ["moe-lr0.1", HOSTILE], "val": [0.75, 0.5], "lr": [0.1, 0.2]})
+    board.to_csv(tmp_path / "leaderboard.csv", index=False)
+    page = page_of(classification_runs, tmp_path)
+    assert re.search(r"run\s*val\s*lr\s*moe-lr0\.1\s*0\.75\s*0\.1", page.words)
+    assert HOSTILE.split("</script>")[0] in page.words
+    assert len(page.all("script")) == 1
 
 
 def test_a_folder_of_neither_is_told_what_one_holds(tmp_path: Path) -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import subprocess
-from html import unescape
 from pathlib import Path
-from typing import Any
 
 import pytest
+from browser import ask
 from made_up_report import fake_probe, fake_run, record_of, tile_store
 
-from satdifuser.evaluate.evaluation import ensure_evaluated, measure
+from satdifuser.evaluate.evaluation import ensure_evaluated, new_outcome
 from satdifuser.evaluate.report.page import write_report
 from satdifuser.evaluate.settings import EvaluateSettings
+from satdifuser.fuse.fit import fit
 from satdifuser.fuse.settings import FitSettings
-from satdifuser.fuse.train import fit
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_waiting_for_the_disk")]
 
@@ -59,21 +55,6 @@ addEventListener("load", () => {
 });
 </script>
 """
-# A frame may be narrower than a window, and --dump-dom writes out what this page was told.
-FRAME = """<!DOCTYPE html>
-<body><iframe src="asking.html" style="width: {width}px; height: 900px; border: 0"></iframe><script>
-addEventListener("message", (event) => document.body.append(JSON.stringify(event.data)));
-</script></body>
-"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-    names = [name for name in found if name]
-    if not names:
-        pytest.skip("no chromium is installed: the page cannot be looked at")
-    return names[0]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +64,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tile_store(folder / "scenes.zarr")
     settings = FitSettings(projection=8, norm_groups=1, experts=3, warmup_steps=0, epochs=2, device="cpu")
     for fusion in ("global", "localized", "moe"):
-        run = fit(store, settings, fusion, 0, folder / fusion, measure)
+        run = fit(store, settings, fusion, 0, folder / fusion, new_outcome)
         ensure_evaluated(run, store, EvaluateSettings(bootstrap=5))
     fake_probe(folder / "sweep", store=record_of(store))
     masks = tile_store(folder / "masks.zarr", "segmentation")
@@ -91,33 +72,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report([folder], folder / "report.html", "satdifuser report runs")
 
 
-def ask(chromium: str, page: Path, folder: Path, width: int, dark: bool) -> dict[str, Any]:
-    """Open the page, and let it answer the questions; the console must stay clean."""
-    (folder / "asking.html").write_text(page.read_text().replace("</body>", f"{QUESTIONS}</body>"))
-    (folder / "frame.html").write_text(FRAME.format(width=width))
-    command = [
-        chromium,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        "--dump-dom",
-    ]
-    command += [f"--user-data-dir={folder / 'profile'}", "--hide-scrollbars", "--virtual-time-budget=5000"]
-    command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--window-size=1300,1000"]
-    address = (folder / "frame.html").as_uri()
-    done = subprocess.run([*command, address], capture_output=True, text=True, timeout=180, check=True)
-    assert "CONSOLE" not in done.stderr
-    found = re.search(r"</script>\s*(\{.*\})</body>", done.stdout)
-    assert found, done.stdout + done.stderr
-    answers: dict[str, Any] = json.loads(unescape(found[1]))
-    return answers
-
-
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1200, 400])
 def test_page_in_a_browser(chromium: str, page: Path, tmp_path: Path, width: int, dark: bool) -> None:
-    answers = ask(chromium, page, tmp_path, width, dark)
+    answers = ask(chromium, page, QUESTIONS, tmp_path, width, dark)
     assert answers["refused"] == []
     assert answers["width"] == width
     assert answers["content"] <= width  # nothing sticks out; wide tables scroll within themselves

@@ -17,7 +17,7 @@ from command_line import succeed
 from made_up_report import LAYERS, MAPS, Page, fake_probe, fake_run, fake_weights, record_of, tile_store
 
 from satdifuser.errors import SettingsError
-from satdifuser.evaluate.evaluation import ensure_evaluated, measure
+from satdifuser.evaluate.evaluation import ensure_evaluated, new_outcome
 from satdifuser.evaluate.report.colours import glow_over
 from satdifuser.evaluate.report.features import maps_of, pca_colours, telling_inputs
 from satdifuser.evaluate.report.figure import Figure
@@ -25,9 +25,9 @@ from satdifuser.evaluate.report.fusions import expert_figures, gate_figures, inn
 from satdifuser.evaluate.report.page import write_report
 from satdifuser.evaluate.report.stores import sample_rows
 from satdifuser.evaluate.settings import EvaluateSettings
+from satdifuser.fuse.fit import fit
 from satdifuser.fuse.run_folder import Run
 from satdifuser.fuse.settings import FitSettings
-from satdifuser.fuse.train import fit
 from satdifuser.store.reader import FeatureStore
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
@@ -46,7 +46,7 @@ def runs(store: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> Mappi
     folder = tmp_path_factory.mktemp("runs")
     found = {}
     for fusion in ("global", "localized", "moe"):
-        found[fusion] = fit(store, QUICK, fusion, 0, folder / fusion, measure)
+        found[fusion] = fit(store, QUICK, fusion, 0, folder / fusion, new_outcome)
         ensure_evaluated(found[fusion], store, BRIEF)
     return found
 
@@ -189,7 +189,8 @@ def test_what_needs_the_store_says_why_it_is_missing_and_where_to_say_where_it_i
     paths = [run.path for run in runs.values()]
     try:
         page = Page(write_report(paths, tmp_path / "r.html", ""))
-        assert len(re.findall(r"Not shown: .*scenes\.zarr: no such store", page.words)) == 3
+        told = r"Not shown: .*scenes\.zarr: no such store; if it was moved, name where it is with --store"
+        assert len(re.findall(told, page.words)) == 3
         assert re.search(r"store\s*not at hand: .*scenes\.zarr: no such store", page.words)
         assert len(re.findall("Not shown: the store is not at hand, or holds no previews", page.words)) >= 1
         assert "<h4>Weights of the global fusion</h4>" in page.source

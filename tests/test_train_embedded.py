@@ -17,7 +17,7 @@ import rasterio
 import torch
 import train_embedded
 from embedded_images import cut_crops, hash_pixels, load_crops
-from embedded_models import PixelSpace, load_matching, new_unet
+from embedded_models import PatchSpace, load_matching, new_unet
 from embedded_recipe import Recipe
 from embedded_state import Log
 from PIL import Image
@@ -204,8 +204,8 @@ def test_unknown_field_is_refused() -> None:
 
 
 def test_fields_are_changed_by_name() -> None:
-    changed = train_embedded.change(Recipe(), ["steps=3", "latents=pixels", "heads=[0, 3, 4]"])
-    assert changed == replace(Recipe(), steps=3, latents="pixels", heads=(0, 3, 4))
+    changed = train_embedded.change(Recipe(), ["steps=3", "latents=patches", "heads=[0, 3, 4]"])
+    assert changed == replace(Recipe(), steps=3, latents="patches", heads=(0, 3, 4))
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
@@ -233,7 +233,7 @@ def test_min_snr_weights(prediction: str, expected: list[float]) -> None:
 @pytest.mark.parametrize("whitening", [0.0, 0.5])
 def test_pixels_come_back_from_their_latents(whitening: float) -> None:
     images = torch.from_numpy(np.stack([pixels(i) for i in range(20)])).permute(0, 3, 1, 2)
-    space = PixelSpace(images, whitening)
+    space = PatchSpace(images, 48, whitening)
     x = train_embedded.to_signed(images)
     z = space.encode(x).latent_dist.mode()
     assert z.shape == (20, 48, 8, 8)
@@ -244,7 +244,7 @@ def test_pixels_come_back_from_their_latents(whitening: float) -> None:
 def test_weights_that_fit_are_taken_over(tmp_path: Path) -> None:
     first = new_unet(TINY)
     first.save_pretrained(tmp_path)
-    second = new_unet(replace(TINY, latents="pixels"))
+    second = new_unet(replace(TINY, latents="patches"))
     fresh = load_matching(second, tmp_path / "diffusion_pytorch_model.safetensors")
     assert fresh == ["conv_in.weight", "conv_out.bias", "conv_out.weight"]
     assert torch.equal(second.mid_block.resnets[0].conv1.weight, first.mid_block.resnets[0].conv1.weight)

@@ -36,32 +36,34 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-class PixelSpace(nn.Module):
-    """Space-to-depth in the place of a VAE: each 4 x 4 patch becomes a pixel of 48 channels, invertibly.
+class PatchSpace(nn.Module):
+    """Fixed linear coordinates of 4 x 4 patches in the place of a VAE: each patch becomes a latent pixel.
 
-    The channels are principal components of the patches, divided by a power of their spread: by none of it
-    (whitening 0) the noise of diffusion is the same in every pixel, by all of it (1) in every component.
+    The coordinates are the first principal components of the patches, divided by a power of their spread: by
+    none of it (whitening 0) the noise of diffusion is the same in every pixel, by all of it (1) in every
+    component. With all 48 components nothing is lost.
     """
 
-    def __init__(self, images: Tensor, whitening: float) -> None:
+    def __init__(self, images: Tensor, components: int, whitening: float) -> None:
         super().__init__()
         patches = F.pixel_unshuffle(to_signed(images), STRIDE).movedim(1, -1).flatten(0, -2)
-        spread, basis = torch.linalg.eigh(torch.cov(patches.T.double()))
-        scale = spread.clamp(min=1e-6) ** (-whitening / 2)
-        total = (spread * scale**2).mean().sqrt()
+        variance, basis = torch.linalg.eigh(torch.cov(patches.T.double()))
+        variance, basis = variance.flip(0)[:components].clamp(min=1e-6), basis.flip(1)[:, :components]
+        scale = variance ** (-whitening / 2)
+        scale /= (variance * scale**2).mean().sqrt()
         self.register_buffer("mean", patches.mean(0))
-        self.register_buffer("forward_map", (basis * scale / total).float())
-        self.register_buffer("inverse_map", (basis / scale * total).T.float().contiguous())
+        self.register_buffer("analysis", (basis * scale).float())
+        self.register_buffer("synthesis", (basis / scale).T.float().contiguous())
         self.config = SimpleNamespace(scaling_factor=1.0)
 
     def encode(self, x: Tensor) -> SimpleNamespace:
         """Images (B, 3, H, W) in [-1, 1] to latents, in a form like a VAE's."""
         patches = F.pixel_unshuffle(x, STRIDE).movedim(1, -1)
-        z = ((patches - self.mean) @ self.forward_map).movedim(-1, 1)
+        z = ((patches - self.mean) @ self.analysis).movedim(-1, 1)
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: z))
 
     def decode(self, z: Tensor) -> SimpleNamespace:
-        patches = z.movedim(1, -1) @ self.inverse_map + self.mean
+        patches = z.movedim(1, -1) @ self.synthesis + self.mean
         return SimpleNamespace(sample=F.pixel_shuffle(patches.movedim(-1, 1), STRIDE))
 
 

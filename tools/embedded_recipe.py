@@ -11,8 +11,13 @@ class Recipe:
     """Settings of one training run."""
 
     # What the U-Net sees of an image
-    latents: Literal["vae", "pixels"] = "vae"  # pixels: fixed space-to-depth by 4, nothing learned or lost
-    whitening: float = 0.0  # pixels: share of whitening of each patch of 4 x 4, 0: none, 1: all
+    latents: Literal["vae", "patches"] = (
+        "vae"  # patches of 4 x 4 px in fixed linear coordinates, nothing learned
+    )
+    components: int = 48  # patches: principal components that are kept; of 48 nothing is lost
+    whitening: float = (
+        0.0  # patches: power by which their spreads are evened out, 0: not at all, 1: all equal
+    )
     size: int = 64  # px, side of the images and crops
     vae_steps: int = 1000
     vae_lr: float = 1e-3
@@ -45,7 +50,7 @@ class Recipe:
     @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
-        return 4 if self.latents == "vae" else 48
+        return 4 if self.latents == "vae" else self.components
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))  # Python leaves it out where PYTHONSAFEPATH is set
 from embedded_images import Crops, load_crops
 from embedded_models import (
-    PixelSpace,
+    PatchSpace,
     load_matching,
     new_scheduler,
     new_unet,
@@ -56,7 +56,8 @@ def main() -> None:
     crops = load_crops(args.images, recipe.size, recipe.seed)
     crops.save_record(args.out / "seen_images.json")
     vae = make_vae(crops, recipe, args.out, args.start)
-    unet = train_unet(make_batches(vae, crops, recipe, args.out), recipe, args.out, args.start)
+    batches = make_batches(vae, crops, recipe, args.out)
+    unet = train_unet(batches, recipe, args.out, args.start, args.compile)
     save_backbone(args.out / "backbone", vae, unet, recipe)
 
 
@@ -66,6 +67,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="checkpoints, log and finished backbone")
     parser.add_argument("--start", type=Path, help="a backbone's folder whose weights are the first ones")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     try:
@@ -106,8 +108,8 @@ def advance(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, lr
 
 def make_vae(crops: Crops, recipe: Recipe, out: Path, start: Path | None) -> Any:
     """What turns images into latents and back: learned here, taken from another backbone, or fixed."""
-    if recipe.latents == "pixels":
-        return PixelSpace(crops.pixels[:2000], recipe.whitening)
+    if recipe.latents == "patches":
+        return PatchSpace(crops.pixels[:2000], recipe.components, recipe.whitening)
     if start is None:
         return train_vae(crops.pixels, recipe, out)
     vae = type(new_vae()).from_pretrained(start / "vae", torch_dtype=torch.float32)
@@ -207,7 +209,7 @@ def draw_timesteps(recipe: Recipe, generator: torch.Generator) -> Tensor:
     return (torch.rand(recipe.batch, generator=generator) * limit).long()
 
 
-def denoising_loss(unet: nn.Module, z: Tensor, alphas: Tensor, recipe: Recipe, step: int) -> Tensor:
+def denoising_loss(unet: Any, z: Tensor, alphas: Tensor, recipe: Recipe, step: int) -> Tensor:
     """Weighted mean squared error of the U-Net's prediction at random noise levels."""
     generator = step_generator(recipe.seed + 2, step)
     noise = torch.randn(z.shape, generator=generator)
@@ -229,7 +231,9 @@ def loss_weights(a: Tensor, recipe: Recipe) -> Tensor:
     return snr.clamp(max=recipe.min_snr) / (snr + (recipe.prediction == "v_prediction"))
 
 
-def train_unet(batches: Batches, recipe: Recipe, out: Path, start: Path | None) -> Any:
+def train_unet(
+    batches: Batches, recipe: Recipe, out: Path, start: Path | None, compiled: bool = False
+) -> Any:
     """Fit the U-Net with AdamW; the returned weights are an exponential moving average."""
     torch.manual_seed(recipe.seed)
     unet = new_unet(recipe)
@@ -247,9 +251,10 @@ def train_unet(batches: Batches, recipe: Recipe, out: Path, start: Path | None) 
         print(f"started from {start}; at random values: {', '.join(fresh) or 'none'}", flush=True)
     before, started = state["cpu_seconds"], time.process_time()
     log, alphas = Log(out / "log.jsonl", "unet", state["step"]), new_scheduler(recipe).alphas_cumprod
+    forward = torch.compile(unet) if compiled else unet
     recent: list[float] = []
     for step in range(state["step"], recipe.steps):
-        loss = denoising_loss(unet, batches(step), alphas, recipe, step)
+        loss = denoising_loss(forward, batches(step), alphas, recipe, step)
         advance(loss, unet, optimizer, recipe.learning_rate(step))
         average.update_parameters(unet)
         recent.append(loss.item())

@@ -45,23 +45,25 @@ class Trial:
     mixed: bool = False  # also on the images given by --mixed
 
 
-PIXELS = {"latents": "pixels"}
+PATCHES = {"latents": "patches", "components": 12, "whitening": 0.5}
 TRIALS = {
     "continued": Trial(WARM, start=True),
-    "continued, pixels": Trial(WARM | PIXELS, start=True),
-    "continued, pixels half whitened": Trial(WARM | PIXELS | {"whitening": 0.5}, start=True),
+    "continued, 12 components": Trial(PATCHES | {"warmup": 50}, start=True),
+    "continued, 48 components": Trial(PATCHES | {"components": 48, "whitening": 0.0} | WARM, start=True),
     "continued, less noise": Trial(WARM | {"beta_start": 0.0001}, start=True),
-    "baseline": Trial(),
-    "pixels": Trial(PIXELS),
-    "pixels half whitened": Trial(PIXELS | {"whitening": 0.5}),
-    "v-prediction": Trial({"prediction": "v_prediction"}),
-    "min-SNR": Trial({"min_snr": 5.0}),
-    "nine tenths below 300": Trial({"low_noise_share": 0.9}),
-    "256 crops of 32 px": Trial({"batch": 256, "crop": 8}),
-    "narrow and deep": Trial({"channels": (32, 64, 96), "heads": (1, 2, 3), "layers_per_block": 2}),
-    "wide": Trial({"channels": (64, 128, 160), "heads": (2, 4, 5)}),
-    "attention at coarser levels": Trial({"heads": (0, 3, 4)}),
-    "mixed ground resolutions": Trial(mixed=True),
+    "continued, mixed ground resolutions": Trial(WARM, start=True, mixed=True),
+    "VAE": Trial(),
+    "12 components": Trial(PATCHES),
+    "12 components, v-prediction": Trial(PATCHES | {"prediction": "v_prediction"}),
+    "12 components, min-SNR": Trial(PATCHES | {"min_snr": 5.0}),
+    "12 components, nine tenths below 300": Trial(PATCHES | {"low_noise_share": 0.9}),
+    "12 components, 256 crops of 32 px": Trial(PATCHES | {"batch": 256, "crop": 8}),
+    "12 components, narrow and deep": Trial(
+        PATCHES | {"channels": (32, 64, 96), "heads": (1, 2, 3), "layers_per_block": 2}
+    ),
+    "12 components, wide": Trial(PATCHES | {"channels": (64, 128, 160), "heads": (2, 4, 5)}),
+    "12 components, attention at coarser levels": Trial(PATCHES | {"heads": (0, 3, 4)}),
+    "12 components, mixed ground resolutions": Trial(PATCHES, mixed=True),
 }
 
 
@@ -100,7 +102,7 @@ def run_trial(trial: Trial, out: Path, args: argparse.Namespace) -> dict[str, ob
     recipe = replace(Recipe(), **trial.changes)
     crops = load_crops([*args.images, *(args.mixed if trial.mixed else [])], recipe.size, recipe.seed)
     vae = make_vae(crops, recipe, out, args.start)
-    shared = out if trial.mixed or recipe.latents == "pixels" else args.out  # where latents are kept
+    shared = out if trial.mixed or recipe.latents == "patches" else args.out  # where latents are kept
     batches = make_batches(vae, crops, recipe, shared)
     recipe = fix_steps(recipe, batches, out / "steps.json", 60 * args.minutes)
     unet = train_unet(batches, recipe, out, args.start if trial.start else None)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,15 @@ from tqdm import tqdm
 from satdifuser.errors import LabelError, RunError
 from satdifuser.evaluate.maps.estimators import Accuracy, Estimate, estimate
 from satdifuser.evaluate.maps.map_file import CLASSES_TAG, MODEL_TAG, NODATA
+from satdifuser.evaluate.maps.predict import Request, predict_store
+from satdifuser.fuse.predictor import Predictor
 from satdifuser.fuse.run_folder import open_run
 from satdifuser.labels.classes import IGNORE
 from satdifuser.labels.label_file import LabelFile, Tally, explain_miss, open_labels
 from satdifuser.labels.settings import LabelSettings
 from satdifuser.store.georeference import Georeference, georeference_of, open_raster
+from satdifuser.store.location import Location
+from satdifuser.store.reader import open_store
 
 BLOCK = 1024  # px a side, read at once
 EARTH_RADIUS = 6_371_007.0  # m, of the sphere with the area of the earth
@@ -71,6 +76,30 @@ def assess_map(
         counted = _count(dataset, place, labels, len(classes))
     accuracy = estimate(counted.counts, counted.mapped / HECTARE, level)
     return _report(map_path, labels, classes, counted, accuracy, level)
+
+
+def assess_store(
+    run_folder: Path, store: Location | None, reference: Path, settings: LabelSettings, level: float
+) -> dict[str, Any]:
+    """Measure a run against reference labels by a map of the tiles of a store, which is not kept.
+
+    Args:
+        run_folder: The run.
+        store: A store of its features; None for the one it was fitted on.
+        reference: See `assess_map`, as for the others.
+        settings: How labels become those of pixels.
+        level: Of the intervals.
+
+    Raises:
+        StoreError: the store's tiles make no one map.
+        SatDiFuserError: see `assess_map`.
+    """
+    run = open_run(run_folder)
+    opened = open_store(store or run.info["store"]["path"])
+    with TemporaryDirectory() as folder:
+        made = predict_store(Predictor(run), opened, Request(Path(folder) / "map.tif"))
+        found = assess_map(run_folder, made, reference, settings, level)
+    return found | {"map": f"{run_folder} on {opened.path}"}
 
 
 def _check_map(run_folder: Path, path: Path, dataset: Any, classes: list[str]) -> None:

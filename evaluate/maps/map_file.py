@@ -18,7 +18,6 @@ import rasterio
 import rasterio.shutil
 from rasterio.errors import RasterioError
 
-from satdifuser.errors import MapError
 from satdifuser.evaluate.maps.strip_file import cannot_write
 from satdifuser.evaluate.report.colours import palette
 
@@ -118,20 +117,3 @@ def _add_classes(band: ET.Element, map_file: MapFile) -> None:
         ET.SubElement(names, "Category").text = name
         red, green, blue = map(str, colour)
         ET.SubElement(table, "Entry", c1=red, c2=green, c3=blue, c4="255")
-
-
-def read_classes(path: Path) -> list[str]:
-    """Names of the classes of a map, by number.
-
-    Raises:
-        MapError: the file is no map of ours.
-    """
-    try:
-        with rasterio.open(path) as dataset:
-            found = json.loads(dataset.tags()[CLASSES_TAG])
-    except (RasterioError, LookupError, ValueError) as error:
-        raise MapError(
-            f"{path}: is no map of `satdifuser predict`: {error or 'unreadable'}; expected a GeoTIFF with "
-            f"the tag {CLASSES_TAG}"
-        ) from error
-    return [str(name) for name in found]

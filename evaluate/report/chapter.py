@@ -105,7 +105,12 @@ def make_chapter(title: str, fitted: Sequence[Run], swept: Sequence[Probe], requ
         results = tabulate(groups)
         answer = runs.answer(results)
         task = str(fitted[0].info["task"])
-        sections.append(Section("Results", runs.results_figures(results, task, request.command)))
+        figures = [
+            *runs.results_figures(results, task, request.command),
+            *runs.labels_figures(groups),
+            *runs.board_figures(fitted),
+        ]
+        sections.append(Section("Results", figures))
     for probe in swept:
         sections.append(Section(f"Probe: {probe.path.name}", probes.probe_figures(probe), [probes.EXPLAINED]))
     if fitted:

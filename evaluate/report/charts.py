@@ -77,6 +77,12 @@ def line_chart(
     return svg(WIDTH, HEIGHT + LEGEND_ROW * len(lines), title, parts)
 
 
+def label_chart(lines: Sequence[Line], split: str, metric: str) -> Markup:
+    """Draw a metric of a split over the number of labelled tiles."""
+    title = f"{split} {metric} by number of labelled tiles"
+    return line_chart(lines, title, "labelled training tiles", f"{split} {metric}", logarithmic=True)
+
+
 def interval_chart(bars: Sequence[tuple[str, float, float, float]], title: str, x_words: str) -> Markup:
     """Draw figures with their intervals below each other.
 

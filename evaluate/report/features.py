@@ -9,6 +9,7 @@ Letters: B tiles, C channels, H and W pixels of a map.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,45 @@ def maps_of(store: FeatureStore, rows: Indices, timestep: int, layer: str) -> ND
     return store.decode(store.stored(rows, here))[group][:, 0, 0]
 
 
+@dataclass(frozen=True)
+class ColourAxes:
+    """How feature maps become colours: up to three directions, and the ends of each."""
+
+    mean: NDArray[np.float64]  # (C,)
+    directions: NDArray[np.float64]  # (C, colours)
+    low: NDArray[np.float64]  # (colours,) what becomes black …
+    high: NDArray[np.float64]  # … and what becomes full
+    shares: NDArray[np.float64]  # (3,) of the variance; 0 for colours left over
+
+
+def axes_of(maps: NDArray[np.floating[Any]]) -> ColourAxes:
+    """The three strongest principal components of feature maps (B, C, H, W)."""
+    pixels = _pixels(maps)
+    mean = pixels.mean(axis=0)
+    pixels -= mean
+    variances, directions = np.linalg.eigh(pixels.T @ pixels / len(pixels))  # ascending
+    best = directions[:, ::-1][:, :3]
+    best = best * np.sign(best[np.abs(best).argmax(axis=0), np.arange(best.shape[1])])  # else any sign
+    low, high = np.percentile(pixels @ best, [2, 98], axis=0)
+    shares = np.zeros(3)
+    shares[: best.shape[1]] = variances[::-1][:3] / max(variances.sum(), 1e-12)
+    return ColourAxes(mean, best, low, high, shares)
+
+
+def paint_maps(axes: ColourAxes, maps: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    """Paint feature maps (B, C, H, W): (B, H, W, 3) uint8; colours left over are black."""
+    values = (_pixels(maps) - axes.mean) @ axes.directions
+    colours = np.zeros((len(values), 3))
+    span = np.maximum(axes.high - axes.low, 1e-12)
+    colours[:, : values.shape[1]] = np.clip((values - axes.low) / span, 0, 1)
+    batch, _, height, width = maps.shape
+    return (255 * colours).round().astype(np.uint8).reshape(batch, height, width, 3)
+
+
+def _pixels(maps: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    return maps.transpose(0, 2, 3, 1).reshape(-1, maps.shape[1]).astype(np.float64)
+
+
 def pca_colours(maps: NDArray[np.floating[Any]]) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Paint feature maps by their three strongest principal components.
 
@@ -83,19 +123,8 @@ def pca_colours(maps: NDArray[np.floating[Any]]) -> tuple[NDArray[np.uint8], NDA
     Returns:
         (B, H, W, 3) uint8, and each colour's share of the variance, (3,).
     """
-    batch, channels, height, width = maps.shape
-    pixels = maps.transpose(0, 2, 3, 1).reshape(-1, channels).astype(np.float64)
-    pixels -= pixels.mean(axis=0)
-    variances, directions = np.linalg.eigh(pixels.T @ pixels / len(pixels))  # ascending
-    best = directions[:, ::-1][:, :3]
-    best = best * np.sign(best[np.abs(best).argmax(axis=0), np.arange(best.shape[1])])  # else any sign
-    values = pixels @ best
-    low, high = np.percentile(values, [2, 98], axis=0)
-    stretched = np.clip((values - low) / np.maximum(high - low, 1e-12), 0, 1)
-    colours, shares = np.zeros((len(pixels), 3)), np.zeros(3)
-    colours[:, : best.shape[1]] = stretched
-    shares[: best.shape[1]] = variances[::-1][:3] / max(variances.sum(), 1e-12)
-    return (255 * colours).round().astype(np.uint8).reshape(batch, height, width, 3), shares
+    axes = axes_of(maps)
+    return paint_maps(axes, maps), axes.shares
 
 
 def telling_inputs(store: FeatureStore, scores: Mapping[Input, float]) -> list[Input]:

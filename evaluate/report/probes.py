@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from satdifuser.errors import RunError
-from satdifuser.evaluate.report.charts import Line, line_chart
+from satdifuser.evaluate.report.charts import Line, label_chart
 from satdifuser.evaluate.report.figure import Charts, Figure, Table
 from satdifuser.evaluate.report.heat_map import heat_map, short_name
 from satdifuser.evaluate.results import score, span
@@ -216,12 +216,6 @@ def labels_figure(choices: pd.DataFrame, probe: Probe) -> Figure:
         choices.drop(columns="metric"),
         str(probe.path / TABLE_FILE),
     )
-
-
-def label_chart(lines: Sequence[Line], split: str, metric: str) -> Any:
-    """A chart over the number of labelled tiles."""
-    title = f"{split} {metric} by number of labelled tiles"
-    return line_chart(lines, title, "labelled training tiles", f"{split} {metric}", logarithmic=True)
 
 
 def labels_line(name: str, rows: pd.DataFrame) -> Line:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from satdifuser.evaluate.metrics import confusion_matrix, multilabel_table, per_class_table
-from satdifuser.evaluate.report.charts import Line, interval_chart, line_chart
-from satdifuser.evaluate.report.figure import Charts, Figure, Table
+from satdifuser.evaluate.report.charts import Line, interval_chart, label_chart, line_chart
+from satdifuser.evaluate.report.figure import Charts, Figure, Table, as_text
 from satdifuser.evaluate.report.heat_map import heat_map
 from satdifuser.evaluate.results import (
     choice_sentence,
@@ -29,6 +30,7 @@ from satdifuser.evaluate.results import (
     score,
     span,
 )
+from satdifuser.fuse.leaderboard import BOARD_FILE
 from satdifuser.fuse.run_folder import SETTINGS_FILE, Run
 
 METRICS = {
@@ -89,6 +91,60 @@ def results_figures(results: pd.DataFrame, task: str, command: str) -> list[Figu
             pd.DataFrame(rows),
         ),
     ]
+
+
+def labels_figures(groups: Sequence[list[Run]]) -> list[Figure]:
+    """The figure of each fusion over the tiles it learned from, where runs learned from different numbers."""
+    tidy = [
+        {"fusion": run.info["fusion"], "tiles": run.info["train_tiles"], "draw": run.info["fit"]["draw"]}
+        | {"seed": run.info["seed"], "reported": run.metrics[reported_split(run)][main_metric(run)]}
+        for group in groups
+        for run in group
+        if "train_tiles" in run.info
+    ]
+    data = pd.DataFrame(tidy)
+    if data.empty or data["tiles"].nunique() < 2:
+        return []
+    run = groups[0][0]
+    lines = [labels_line(str(fusion), rows) for fusion, rows in data.groupby("fusion", sort=False)]
+    return [
+        Figure(
+            "How few labels suffice",
+            Charts([label_chart(lines, reported_split(run), main_metric(run))]),
+            "Mean over seeds and draws of the labels; upright lines reach from the lowest to the highest of "
+            "them. Each doubling of the tiles is a step of the same width.",
+            "\n".join(command_of(run) for group in groups for run in group if "train_tiles" in run.info),
+            data,
+        )
+    ]
+
+
+def labels_line(name: str, rows: pd.DataFrame) -> Line:
+    """Mean for each number of tiles, and how far it reaches."""
+    found = rows.groupby("tiles")["reported"].agg(["mean", "min", "max"])
+    points = [(float(str(tiles)), float(mean)) for tiles, mean in found["mean"].items()]
+    return Line(name, points, list(zip(found["min"], found["max"], strict=True)))
+
+
+def board_figures(runs: Sequence[Run]) -> list[Figure]:
+    """How all networks of the sweeps stand on val that these runs were chosen from."""
+    files = dict.fromkeys(run.path.parent / BOARD_FILE for run in runs)
+    return [board_figure(file, runs) for file in files if file.is_file()]
+
+
+def board_figure(file: Path, runs: Sequence[Run]) -> Figure:
+    """The networks of one sweep, best on val first."""
+    board = pd.read_csv(file)
+    rows = [{str(name): as_text(cell) for name, cell in row.items()} for row in board.to_dict("records")]
+    return Figure(
+        f"All networks in {file.parent.name}",
+        Table(rows),
+        "Every network of the sweep, as it stands on val. Of each fusion only the one that is best here is "
+        "measured on the reported split.",
+        "\n".join(command_of(run) for run in runs if run.path.parent == file.parent),
+        board,
+        str(file),
+    )
 
 
 def answer(results: pd.DataFrame) -> str:

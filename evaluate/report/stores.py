@@ -55,7 +55,7 @@ def _opened(path: str) -> FeatureStore | SatDiFuserError:
         store = open_store(path)
         store.require_complete()
     except SatDiFuserError as error:
-        return error
+        return StoreError(f"{error}; if it was moved, name where it is with --store")
     return store
 
 
