@@ -159,6 +159,7 @@ def fake_probe(folder: Path, **changes: Any) -> Path:
         "task": "classification",
         "partition": "default",
         "store": {"path": "features.zarr", "hashes": HASHES},
+        "metric": "accuracy",
         "command": "satdifuser probe features.zarr -o probe",
     }
     (folder / "probe.json").write_text(json.dumps(info | changes))

@@ -12,8 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from satdifuser.evaluate.chosen import choose_runs
+from satdifuser.evaluate.probe_folder import PROBE_FILE
 from satdifuser.evaluate.report.chapter import Request, make_chapters
-from satdifuser.evaluate.report.probes import PROBE_FILE, open_probe
+from satdifuser.evaluate.report.probes import open_probe
 from satdifuser.evaluate.report.stores import Stores
 from satdifuser.evaluate.results import open_measured
 from satdifuser.fuse.run_folder import RUN_FILE

@@ -7,7 +7,6 @@ Everything is chosen on val; figures of the reported split are shown of what was
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,15 +17,14 @@ import numpy as np
 import pandas as pd
 
 from satdifuser.errors import RunError
+from satdifuser.evaluate.probe_folder import COLUMNS, TABLE_FILE
+from satdifuser.evaluate.probe_folder import open_probe as read_probe
 from satdifuser.evaluate.report.charts import Line, label_chart
 from satdifuser.evaluate.report.figure import Charts, Figure, Table
 from satdifuser.evaluate.report.heat_map import heat_map, short_name
 from satdifuser.evaluate.results import score, span
 
-PROBE_FILE, TABLE_FILE = "probe.json", "probe.parquet"
-COLUMNS = ["dataset", "partition", "labels", "draw", "n_train", "inputs", "timestep", "layer", "stride"]
-COLUMNS += ["probe", "strength", "metric", "split", "value", "low", "high"]
-FIELDS = ["store", "command"]
+FIELDS = ["store", "command", "metric"]
 ALL_LAYERS, ALL_TIMESTEPS = "all layers", "all"
 SETTING = ["labels", "draw", "probe", "metric"]
 INPUTS = ["inputs", "timestep", "layer"]
@@ -51,21 +49,17 @@ def open_probe(path: Path) -> Probe:
     Raises:
         RunError: a file is missing or damaged, or lacks a column.
     """
-    remedy = "run `satdifuser probe` again"
-    try:
-        info = dict(json.loads((path / PROBE_FILE).read_text()))
-        table = pd.read_parquet(path / TABLE_FILE)
-    except (OSError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: no readable probe: {error}; {remedy}") from error
+    table, info = read_probe(path)
     missing = [name for name in COLUMNS if name not in table] + [name for name in FIELDS if name not in info]
     if missing or table.empty:
-        raise RunError(f"{path}: has no {', '.join(missing) or 'rows'}; {remedy}")
-    return Probe(path, table, info)
+        raise RunError(f"{path}: has no {', '.join(missing) or 'rows'}; run `satdifuser probe` again")
+    numbers = ["timestep", "stride", "strength", "value", "low", "high"]  # where one is missing it is NaN
+    return Probe(path, table.astype(dict.fromkeys(numbers, "float64") | {"n_train": "int64"}), info)
 
 
 def probe_figures(probe: Probe) -> list[Figure]:
     """The maps of a sweep with all labels it was given, what was chosen, and how it grows with labels."""
-    table = with_main_metric(probe.table)
+    table = with_main_metric(probe)
     best = best_strengths(table)
     most = best[best["n_train"] == best["n_train"].max()]
     maps = [sweep_map(rows, str(kind), probe) for kind, rows in most.groupby("probe", sort=False)]
@@ -74,9 +68,9 @@ def probe_figures(probe: Probe) -> list[Figure]:
     return [*figures, labels_figure(choices, probe)] if choices["n_train"].nunique() > 1 else figures
 
 
-def with_main_metric(table: pd.DataFrame) -> pd.DataFrame:
-    """Only the rows of the metric that choices are made by: the table's first."""
-    return pd.DataFrame(table[table["metric"] == table["metric"].iloc[0]])
+def with_main_metric(probe: Probe) -> pd.DataFrame:
+    """Only the rows of the metric that choices are made by."""
+    return pd.DataFrame(probe.table[probe.table["metric"] == probe.info["metric"]])
 
 
 def best_strengths(table: pd.DataFrame) -> pd.DataFrame:
@@ -232,7 +226,7 @@ def labels_line(name: str, rows: pd.DataFrame) -> Line:
 
 def probe_scores(probe: Probe) -> dict[tuple[int, str], float]:
     """The best figure on val of each single timestep and layer, with most labels."""
-    best = best_strengths(with_main_metric(probe.table))
+    best = best_strengths(with_main_metric(probe))
     single = best[(best["inputs"] == "single") & (best["n_train"] == best["n_train"].max())]
     scores: dict[tuple[int, str], float] = {}
     for timestep, layer, value in zip(single["timestep"], single["layer"], single["value"], strict=True):
