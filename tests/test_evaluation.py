@@ -44,6 +44,7 @@ pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 SPLITS = ["train"] * 8 + ["val"] * 4 + ["test"] * 12
 LAYER = LayerInfo(name="up.attn1", channels=4, stride=4, height=4, width=4)
 QUICK = EvaluateSettings(bootstrap=10, pictures=3)
+SHARED = set(FitSettings.model_fields) & set(SweepSettings.model_fields)
 FIT = FitSettings(projection=8, norm_groups=1, epochs=1, warmup_epochs=0, device="cpu")
 
 
@@ -223,8 +224,7 @@ def test_a_damaged_count_of_test_reads_is_told_before_test_is_read(
 
 
 def asking(fusion: Sequence[str] = ("global",), baselines: bool = False, **evaluate: Any) -> Pipeline:
-    shared = set(FitSettings.model_fields) & set(SweepSettings.model_fields)
-    fit_section = FIT.model_dump(include=shared) | {"fusion": list(fusion)}
+    fit_section = FIT.model_dump(include=SHARED) | {"fusion": list(fusion)}
     sections = {"fit": fit_section, "evaluate": {"bootstrap": 10, "baselines": baselines} | evaluate}
     return validate_settings(sections, "test")
 
@@ -256,7 +256,11 @@ def test_features_are_read_once_for_all_fusions_and_seeds(
 ) -> None:
     read: list[int] = []
     monkeypatch.setattr(MapLoader, "statistics", lambda self: read.append(len(self.rows)) or None)
-    fit_section = FIT.model_dump() | {"fusion": ["global", "moe"], "seeds": [0, 1], "normalise": True}
+    fit_section = FIT.model_dump(include=SHARED) | {
+        "fusion": ["global", "moe"],
+        "seeds": [0, 1],
+        "normalise": True,
+    }
     sections = {"fit": fit_section, "evaluate": {"bootstrap": 5, "baselines": False}}
     assert len(fit_all(store, validate_settings(sections, "test"), tmp_path)) == 4
     assert read == [len(store.select("train"))]
@@ -275,8 +279,8 @@ def test_a_run_folder_holds_its_resolved_settings(store: FeatureStore, tmp_path:
     }
     assert run.info["resolved"]["device"] in ("cpu", "cuda")
     sections = yaml.safe_load((run.path / "settings.yaml").read_text())
-    own = {"fusion": ["global"], "seeds": [0], **automatic.model_dump(mode="json")}
-    assert sections == {"fit": own, **store.attributes.settings}
+    own = {"fusion": ["global"], "seeds": [0], **automatic.model_dump(mode="json", include=SHARED)}
+    assert sections == {"fit": sections["fit"] | own, **store.attributes.settings}
     evaluate_run(run.path, None, QUICK)
     measured = yaml.safe_load((run.path / "settings.yaml").read_text())
     assert measured == sections | {"evaluate": QUICK.model_dump(mode="json")}
