@@ -148,7 +148,7 @@ def test_the_report_shows_classes_and_no_confusion_matrix(runs: dict[str, Path],
     assert "(partition 0.50x_train)" in page
     assert "Confusion matrix" not in page
     assert "Support is the number of test tiles of the class;" in page
-    assert "say which classes each tile holds" in page
+    assert "f1_micro: over all tiles and classes together" in page
     assert "truth: field, town" in page
 
 
