@@ -259,7 +259,8 @@ def extract(
     _check_output(path.parent, "store.path (-o)")
     with _telling_what_is_kept(path):
         if workers or scheduler:
-            from satdifuser.extract.cluster import Cluster, extract_on_cluster
+            from satdifuser.extract.cluster import extract_on_cluster
+            from satdifuser.store.cluster import Cluster
 
             cluster = Cluster(workers or 0, scheduler or "")
             click.echo(extract_on_cluster(job, path, cluster, overwrite, ignore_free_space))

@@ -19,9 +19,14 @@ from satdifuser.store.reader import open_store
 def split_store(places: Sequence[Location]) -> tuple[list[Path], Location | None]:
     """Runs, and the store behind the last of them if the last place is none or holds none."""
     last = places[-1]
-    is_run = isinstance(last, Path) and holds_runs(last)
+    is_run = isinstance(last, Path) and (holds_runs(last) or bool(seeds_behind(last)))
     runs = list(places if is_run or len(places) == 1 else places[:-1])
     return [Path(place) for place in runs], None if len(runs) == len(places) else last
+
+
+def seeds_behind(path: Path) -> list[Path]:
+    """The runs that a name without its seed stands for: ``runs/moe`` for ``runs/moe-seed0`` …"""
+    return sorted(file.parent for file in path.parent.glob(f"{path.name}-seed*/{RUN_FILE}"))
 
 
 def holds_runs(path: Path) -> bool:

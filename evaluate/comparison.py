@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, wilcoxon
 
 from satdifuser.errors import RunError, SettingsError
-from satdifuser.evaluate.chosen import ensure_all_evaluated
+from satdifuser.evaluate.chosen import ensure_all_evaluated, seeds_behind
 from satdifuser.evaluate.intervals import Scores, paired_difference, percentiles, sample
 from satdifuser.evaluate.metrics import (
     Floats,
@@ -85,10 +85,8 @@ def compare_runs(paths: Sequence[Path], store: Location | None, settings: Evalua
 
 def seeds_of(path: Path) -> list[Run]:
     """A run, or all seeds of a fit."""
-    seeds = sorted(path.parent.glob(f"{path.name}-seed*/{RUN_FILE}"))
-    if (path / RUN_FILE).is_file() or not seeds:
-        return [open_run(path)]
-    return [open_run(file.parent) for file in seeds]
+    seeds = seeds_behind(path)
+    return [open_run(path)] if (path / RUN_FILE).is_file() or not seeds else [open_run(s) for s in seeds]
 
 
 def tile_table(run: Run) -> pd.DataFrame:

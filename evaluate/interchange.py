@@ -93,7 +93,7 @@ def probe_method(task: str, probe: str, strength: float) -> str:
     return f"seg-{name}" if task == "segmentation" else name
 
 
-def inputs_in_words(row: Mapping[str, Any]) -> str:
+def inputs_in_words(row: Mapping[Any, Any]) -> str:
     """Which features a probe saw."""
     timestep = "all timesteps" if pd.isna(row["timestep"]) else f"t = {row['timestep']}"
     return f"{timestep}, {'all layers' if pd.isna(row['layer']) else row['layer']}"

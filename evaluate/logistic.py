@@ -23,7 +23,7 @@ from satdifuser.evaluate.axes import Axes
 from satdifuser.evaluate.lbfgs import Point, minimise
 
 Link = Literal["softmax", "sigmoid"]
-TOLERANCE = 1e-6  # Euclidean norm of the gradient
+TOLERANCE = 2e-7  # Euclidean norm of the gradient
 SINGLE_TOLERANCE = 5e-7  # what single precision reaches without fail
 STEPS = 1000
 LEAST_SPREAD = 1e-6  # of p (1 - p), where all is decided

@@ -67,12 +67,9 @@ def budgets_and_draws(settings: ProbeSettings) -> list[tuple[Budget, int]]:
 def _inputs_of(store: FeatureStore, kind: InputKind) -> list[tuple[int | None, str | None]]:
     timesteps = store.attributes.timesteps
     layers = [layer.name for layer in store.attributes.layers]
-    return {
-        "single": [(t, layer) for t in timesteps for layer in layers],
-        "timestep": [(t, None) for t in timesteps],
-        "layer": [(None, layer) for layer in layers],
-        "all": [(None, None)],
-    }[kind]
+    along_steps: list[int | None] = [*timesteps] if kind in ("single", "timestep") else [None]
+    along_layers: list[str | None] = [*layers] if kind in ("single", "layer") else [None]
+    return [(timestep, layer) for timestep in along_steps for layer in along_layers]
 
 
 class SweepData:

@@ -21,7 +21,8 @@ from satdifuser.store.cluster import Cluster
 from satdifuser.store.location import Location
 from satdifuser.store.reader import open_store
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def fit_cells(

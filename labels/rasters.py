@@ -12,7 +12,12 @@ from rasterio.warp import Resampling, reproject, transform_bounds
 
 from satdifuser.errors import ImageError, SourceError
 from satdifuser.labels.classes import ClassList
-from satdifuser.store.georeference import Georeference, georeference_of, open_raster
+from satdifuser.store.georeference import (
+    Georeference,
+    georeference_of,
+    open_raster,
+    without_place_warnings,
+)
 
 OUTSIDE = -(2**31)  # marks pixels the label raster does not cover; no class has this id
 
@@ -86,7 +91,7 @@ def warp_labels(
         ImageError: the raster cannot be read, or holds unknown values.
     """
     warped = np.full(size, OUTSIDE, np.int32)
-    with open_raster(path) as dataset:
+    with open_raster(path) as dataset, without_place_warnings():
         reproject(
             rasterio.band(dataset, 1),
             warped,

@@ -41,8 +41,9 @@ def store() -> None:
 @store.command()
 @store_argument
 @click.option("--card", is_flag=True, help="Print the store's card: licence, citation, how to open it.")
+@click.option("--stac", is_flag=True, help="Print a STAC Item of the store, as JSON.")
 @json_option
-def info(store: Location, card: bool, as_json: bool) -> None:
+def info(store: Location, card: bool, stac: bool, as_json: bool) -> None:
     """Say what a store holds and how it was made."""
     from satdifuser.store.card import store_card
     from satdifuser.store.reader import open_store
@@ -51,6 +52,11 @@ def info(store: Location, card: bool, as_json: bool) -> None:
     opened = open_store(store)
     if card:
         click.echo(store_card(opened), nl=False)
+        return
+    if stac:
+        from satdifuser.store.stac import store_item
+
+        click.echo(json.dumps(store_item(opened), indent=1))
         return
     click.echo(json.dumps(describe_store(opened)) if as_json else format_store(opened))
 

@@ -50,6 +50,14 @@ class Georeference:
 
 
 @contextmanager
+def without_place_warnings() -> Iterator[None]:
+    """Silence what rasterio says of rasters without a georeference, its own in memory among them."""
+    with OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
+
+
+@contextmanager
 def open_raster(path: Path) -> Iterator[Any]:
     """Open a raster with rasterio; a plain TIFF without georeference is as welcome as any.
 
@@ -59,8 +67,7 @@ def open_raster(path: Path) -> Iterator[Any]:
     try:
         if not path.is_file():
             raise FileNotFoundError("no such file")
-        with OPENING, warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with without_place_warnings():
             dataset = rasterio.open(path)
         with dataset:
             yield dataset

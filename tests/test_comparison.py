@@ -223,6 +223,7 @@ def test_the_last_place_may_be_a_store(runs: Path, store: FeatureStore) -> None:
     run = runs / "moe-seed0"
     assert split_store([run]) == ([run], None)
     assert split_store([run, runs]) == ([run, runs], None)
+    assert split_store([run, runs / "global"]) == ([run, runs / "global"], None)  # all its seeds
     assert split_store([run, Path(store.path)]) == ([run], store.path)
     assert split_store([run, "s3://bucket/s.zarr"]) == ([run], "s3://bucket/s.zarr")
 

@@ -269,6 +269,7 @@ def test_taps_filled_up_to_whole_batches(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, within its compiler
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_every_tapped_layer_survives_compilation(backend: str) -> None:
     with torch.no_grad():

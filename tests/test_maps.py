@@ -13,7 +13,17 @@ import pytest
 import rasterio
 from affine import Affine
 from command_line import call, refuse, succeed
-from made_up_maps import CLASSES, ONE_THREAD, OVERLAP, TILE, Mapped, land_cover, settings
+from made_up_maps import (
+    CLASSES,
+    ONE_THREAD,
+    OVERLAP,
+    TILE,
+    Mapped,
+    land_cover,
+    photograph,
+    settings,
+    write_scene,
+)
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 
@@ -104,7 +114,28 @@ def test_a_plain_map_carries_colours(mapped: Mapped, scene_map: Path, tmp_path: 
     np.testing.assert_array_equal(read(plain)[0], read(scene_map)[0])
     beside = (tmp_path / "map.tif.aux.xml").read_text()
     assert all(f"<Category>{name}</Category>" in beside for name in CLASSES)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif", "map.tif.aux.xml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.stac.json", "map.tif", "map.tif.aux.xml"]
+
+
+def steepness(bands: NDArray[Any], overlap: int) -> list[float]:
+    """How much more than elsewhere probabilities change where tiles begin and end, down and across."""
+    shares, found = bands[1:].astype(float), []
+    for axis, length in enumerate(bands.shape[1:]):
+        changes = np.abs(np.diff(shares, axis=1 + axis)).mean(axis=(0, 2 - axis))
+        starts = range(0, length - overlap, TILE - overlap)
+        edges = {edge - 1 for start in starts for edge in (start, start + TILE) if 0 < edge < length}
+        there = np.isin(np.arange(len(changes)), sorted(edges))
+        found.append(float(changes[there].mean() / changes[~there].mean()))
+    return found
+
+
+def test_no_seam_shows_between_tiles(mapped: Mapped, tmp_path: Path) -> None:
+    scene = write_scene(tmp_path / "scene.tif", photograph(land_cover((104, 128), seed=5)))
+    words = (mapped.run, scene, "--probabilities")
+    apart = read(predict(*words, "-o", tmp_path / "a.tif", "--overlap", 0))
+    blended = read(predict(*words, "-o", tmp_path / "b.tif"))
+    assert min(steepness(apart, 0)) > 3
+    assert max(steepness(blended, TILE // 4)) < 1.3
 
 
 # --- parts of a scene
@@ -301,7 +332,7 @@ def test_an_interrupted_map_goes_on_with_the_same_values(
     succeed(*words)
     assert rows == list(range(max(0, after - 1), 3))  # the row before is done again for what it shares
     np.testing.assert_array_equal(read(out), read(scene_map)[:2])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.tif", "map.tif.aux.xml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.stac.json", "map.tif", "map.tif.aux.xml"]
 
 
 def test_what_another_request_left_is_not_gone_on_with(mapped: Mapped, tmp_path: Path) -> None:

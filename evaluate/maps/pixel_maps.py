@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -18,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from satdifuser.errors import MapError
 from satdifuser.evaluate.maps.area import Area
 from satdifuser.evaluate.maps.blend import Blender, Piece, TileLogits
-from satdifuser.evaluate.maps.map_file import MODEL_TAG, NODATA, STEPS, MapFile, write_map
+from satdifuser.evaluate.maps.map_file import NODATA, STEPS, MapFile, write_map
+from satdifuser.evaluate.maps.origin import Origin
+from satdifuser.evaluate.maps.stac import write_item
 from satdifuser.evaluate.maps.strip_file import StripFile
 from satdifuser.fuse.predictor import Predictor
-from satdifuser.fuse.run_folder import Run
 from satdifuser.store.lock import StoreLock
 from satdifuser.store.reader import Stored
 from satdifuser.store.tile_grid import TileGrid
@@ -63,7 +62,7 @@ def write_pixel_map(
     out: Path,
     options: MapOptions,
     identity: Mapping[str, Any],
-    tags: Mapping[str, str],
+    origin: Origin,
 ) -> Path:
     """Write the map of an area, or go on where an earlier call stopped.
 
@@ -71,10 +70,10 @@ def write_pixel_map(
         predictor: A run for segmentation.
         features: Of the tiles that touch the area.
         area: What is mapped.
-        out: The GeoTIFF; it appears when it is complete.
+        out: The GeoTIFF; it appears when it is complete, and a STAC Item beside it.
         options: Further bands.
         identity: All that shapes the features; what an earlier call with another one left is deleted.
-        tags: Tags of the map.
+        origin: What it is made with.
 
     Raises:
         MapError: it cannot be written; finished rows are kept.
@@ -95,12 +94,10 @@ def write_pixel_map(
                         strips.append(strip.transpose(1, 0, 2).tobytes())
         finally:
             strips.close()
-        size = (area.window[2], area.window[3])
-        write_map(
-            strips.path,
-            out,
-            MapFile(size, area.raster.crs_wkt, area.transform, predictor.classes, bands, tags),
-        )
+        size, crs = (area.window[2], area.window[3]), area.raster.crs_wkt
+        map_file = MapFile(size, crs, area.transform, predictor.classes, bands, origin.tags)
+        write_map(strips.path, out, map_file)
+        write_item(out, map_file, origin)
         strips.discard()
     return out
 
@@ -191,32 +188,3 @@ def margin(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
 def in_steps(probabilities: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Probabilities as whole numbers of 1/250."""
     return np.rint(probabilities * STEPS).astype(np.uint8)
-
-
-def map_tags(run: Run, scene: str, date: str) -> dict[str, str]:
-    """What a map was made with.
-
-    Args:
-        run: The run.
-        scene: Name of the scene or store.
-        date: When the scene was taken, ISO 8601; "" where unknown.
-    """
-    info = run.info
-    tags = {
-        "SATDIFUSER_VERSION": version("satdifuser"),
-        "SATDIFUSER_MODEL": f"{info['fusion']} fusion, {info['head']} head, run {info['name']}",
-        MODEL_TAG: str(info["model_sha256"]),
-        "SATDIFUSER_STORE": str(info["store"]["hashes"]["feature"]),
-        "SATDIFUSER_SCENE": scene,
-    }
-    return tags | ({"ACQUISITIONDATE": date} if date else {})
-
-
-def check_new(out: Path, overwrite: bool) -> None:
-    """Refuse an output that is there, unless it may be replaced.
-
-    Raises:
-        MapError: it is there.
-    """
-    if out.exists() and not overwrite:
-        raise MapError(f"{out}: exists; choose another -o, or replace it with --overwrite")

@@ -11,7 +11,8 @@ import shapely
 
 from satdifuser.errors import MapError, SettingsError
 from satdifuser.evaluate.maps.area import Area, Raster, polygon_area, whole, window_area
-from satdifuser.evaluate.maps.pixel_maps import MapOptions, TileFeatures, map_tags, write_pixel_map
+from satdifuser.evaluate.maps.origin import Origin
+from satdifuser.evaluate.maps.pixel_maps import MapOptions, TileFeatures, write_pixel_map
 from satdifuser.evaluate.maps.store_features import NetworkInputs, StoreFeatures, choose_tiles
 from satdifuser.evaluate.maps.strip_file import StripFile
 from satdifuser.evaluate.maps.tile_maps import (
@@ -116,9 +117,9 @@ def predict_features(
         tile_id: Gives a tile's id by its row and column in px.
     """
     identity = {**identity, "model": predictor.run.info["model_sha256"]}
-    tags = map_tags(predictor.run, scene.name, scene.date)
+    origin = Origin(predictor.run, scene.name, scene.date)
     if predictor.task == "segmentation":
-        return write_pixel_map(predictor, features, area, request.out, request.options, identity, tags)
+        return write_pixel_map(predictor, features, area, request.out, request.options, identity, origin)
     with StoreLock(request.out):
         sizes = strip_bytes(features.grid, len(predictor.classes))
         strips = StripFile(request.out, strip_identity(identity, area), sizes)
@@ -126,7 +127,7 @@ def predict_features(
             results = predict_scene_tiles(predictor, features, area, strips, tile_id)
         finally:
             strips.close()
-        write_results(results, request.out, request.options, tags)
+        write_results(results, request.out, request.options, origin)
         strips.discard()
     return request.out
 
@@ -149,8 +150,7 @@ def predict_store(
     """
     rows, inputs = choose_tiles(store, request.tiles), NetworkInputs(store, predictor)
     name = scene.name if scene else Path(str(store.path)).name
-    date = scene.date if scene else common_date(store)
-    tags = map_tags(predictor.run, name, date)
+    origin = Origin(predictor.run, name, scene.date if scene else common_date(store))
     if predictor.task == "segmentation":
         features = StoreFeatures(inputs, rows, scene.raster if scene else None)
         asked = request.window or request.aoi or scene
@@ -158,7 +158,7 @@ def predict_store(
         features.grid = features.grid.touching(area.window)
         identity = {"store": store.content_digest(), "tiles": request.tiles}
         identity["model"] = predictor.run.info["model_sha256"]
-        return write_pixel_map(predictor, features, area, request.out, request.options, identity, tags)
+        return write_pixel_map(predictor, features, area, request.out, request.options, identity, origin)
     placed = request.out.suffix not in TABLES or request.window or request.aoi
     ground = find_ground(store, rows, required=bool(placed))
     if ground is not None and (request.window or request.aoi):
@@ -166,7 +166,7 @@ def predict_store(
         kept = find_area(ground.raster, request).touches(tops, lefts, ground.tile)
         rows, ground = rows[kept], ground.only(kept)
     results = predict_store_tiles(predictor, inputs, rows, ground)
-    return write_results(results, request.out, request.options, tags)
+    return write_results(results, request.out, request.options, origin)
 
 
 def common_date(store: FeatureStore) -> str:

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from satdifuser.errors import SettingsError
 from satdifuser.evaluate.maps.area import Raster, tile_polygons
 from satdifuser.evaluate.maps.map_file import NODATA, MapFile, write_map
+from satdifuser.evaluate.maps.origin import Origin
 from satdifuser.evaluate.maps.pixel_maps import MapOptions, in_steps, margin
+from satdifuser.evaluate.maps.stac import write_item
 from satdifuser.evaluate.maps.strip_file import cannot_write
 from satdifuser.evaluate.metrics import at_least_half
 from satdifuser.store.tile_grid import TileGrid, regular_grid
@@ -65,7 +67,7 @@ def check_suffix(out: Path, task: str) -> None:
         )
 
 
-def write_results(results: TileResults, out: Path, options: MapOptions, tags: dict[str, str]) -> Path:
+def write_results(results: TileResults, out: Path, options: MapOptions, origin: Origin) -> Path:
     """Write the classes of tiles in the form that the output's ending names.
 
     Raises:
@@ -80,7 +82,7 @@ def write_results(results: TileResults, out: Path, options: MapOptions, tags: di
         raise SettingsError(f"-o {out}: the tiles have no place on the ground; write a table, NAME.csv")
     if suffix in VECTORS:
         return _write_polygons(results_table(results, options), results.ground, out)
-    return _write_cells(results, results.ground, out, options, tags)
+    return _write_cells(results, results.ground, out, options, origin)
 
 
 def results_table(results: TileResults, options: MapOptions) -> pd.DataFrame:
@@ -144,7 +146,7 @@ def _write_polygons(table: pd.DataFrame, ground: Ground, out: Path) -> Path:
 
 
 def _write_cells(
-    results: TileResults, ground: Ground, out: Path, options: MapOptions, tags: dict[str, str]
+    results: TileResults, ground: Ground, out: Path, options: MapOptions, origin: Origin
 ) -> Path:
     """One pixel for each cell of the grid: the middle of its tile, where neighbours overlap."""
     grid = ground.grid or regular_grid(ground.places, ground.tile)
@@ -158,12 +160,14 @@ def _write_cells(
     file = out.with_name(f".{out.name}.cells")
     try:
         file.write_bytes(cells.tobytes())
-        map_file = MapFile(size, ground.raster.crs_wkt, transform, results.classes, bands, tags)
-        return write_map(file, out, map_file)
+        map_file = MapFile(size, ground.raster.crs_wkt, transform, results.classes, bands, origin.tags)
+        write_map(file, out, map_file)
+        write_item(out, map_file, origin)
     except OSError as error:
         raise cannot_write(out, error) from error
     finally:
         file.unlink(missing_ok=True)
+    return out
 
 
 def _cell_bands(results: TileResults, options: MapOptions) -> NDArray[np.uint8]:

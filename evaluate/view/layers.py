@@ -173,7 +173,8 @@ def prediction_layer(store: FeatureStore, sheet: Sheet, predictor: Predictor) ->
         for part in parts(sheet.rows, "prediction"):
             classes = predictor.logits(inputs.stored(part), size).argmax(axis=1)
             valid = store.valid(part)
-            yield from painted_classes(classes, valid if size else valid.any(axis=(1, 2)), colours)
+            there = valid if size else np.asarray(valid.any(axis=(1, 2)))
+            yield from painted_classes(classes, there, colours)
 
     note = f"by {predictor.run.path.name}"
     picture = sheet.paint(tiles(), smooth=False)
