@@ -85,7 +85,7 @@ def sweep_map(rows: pd.DataFrame, kind: str, probe: Probe) -> Figure:
     timesteps = [*(str(t) for t in sorted(rows["timestep"].dropna().astype(int).unique())), ALL_TIMESTEPS]
     named = rows.assign(layer=rows["layer"].fillna(ALL_LAYERS), timestep=rows["timestep"].map(timestep_name))
     means = named.groupby(["layer", "timestep"], sort=False)["value"].mean()
-    best_layer, best_timestep = means.idxmax()  # of equal ones the first of the table, as everywhere
+    best: Any = means.idxmax()  # (layer, timestep); of equal ones the first of the table, as everywhere
     values = means.unstack("timestep").reindex(index=layers, columns=timesteps).to_numpy(np.float64)
     metric, labels = rows["metric"].iloc[0], rows["labels"].iloc[0]
     return Figure(
@@ -96,7 +96,7 @@ def sweep_map(rows: pd.DataFrame, kind: str, probe: Probe) -> Figure:
             timesteps,
             "layer ↓ timestep →",
             "{:.3f}".format,
-            chosen=(layers.index(best_layer), timesteps.index(best_timestep)),
+            chosen=(layers.index(best[0]), timesteps.index(best[1])),
         ),
         f"{metric} on val of a {kind} probe on the features of one layer (rows, fine to coarse) at one "
         f"timestep (columns; larger means more noise), fitted on {rows['n_train'].iloc[0]:,} tiles ({labels} "
