@@ -46,8 +46,7 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("latents", ["vae"])
-def test_command_trains_a_backbone_that_extraction_loads(images: Path, tmp_path: Path, latents: str) -> None:
+def test_command_trains_a_backbone_that_extraction_loads(images: Path, tmp_path: Path) -> None:
     fields = {
         "size": 32,
         "channels": [16, 16],
@@ -201,6 +200,15 @@ def test_generated_scenes_are_not_those_of_the_packaged_job() -> None:
 def test_unknown_field_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--set step=3: no field 'step'; expected one of .*, steps,"):
         train_embedded.change(Recipe(), ["step=3"])
+
+
+def test_patches_are_refused_before_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_embedded.py", "x", "--out", "y", "--set", "latents=patches"])
+    with pytest.raises(SystemExit):
+        train_embedded.parse_args()
+    assert "--set latents=patches: extraction reads no such backbone yet" in capsys.readouterr().err
 
 
 def test_fields_are_changed_by_name() -> None:

@@ -74,6 +74,10 @@ def parse_args() -> argparse.Namespace:
         args.recipe = change(Recipe(), args.changes)
     except ValueError as error:
         parser.error(str(error))
+    if args.recipe.latents == "patches":
+        parser.error(
+            "--set latents=patches: extraction reads no such backbone yet; try_recipes.py trains one"
+        )
     return args
 
 
