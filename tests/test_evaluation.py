@@ -340,6 +340,8 @@ def test_masks_are_kept_of_tiles_spread_over_the_split(mask_store: FeatureStore,
     table = pd.read_parquet(run.path / "predictions.parquet").set_index("tile_id")
     shares = [(p == t).mean() for p, t in zip(predicted, target, strict=True)]
     assert table.loc[ids, "pixel_accuracy"].tolist() == pytest.approx(shares)
+    others = table.drop(index=["t12", "t18", "t23"])["miou"]
+    assert sorted(table.loc[ids].drop(index=["t12", "t18", "t23"])["miou"]) == sorted(others)[:3]
 
 
 @given(st.integers(1, 400), st.integers(1, 40))
