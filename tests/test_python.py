@@ -30,7 +30,7 @@ LAYER = "up_blocks.1.attentions.0.transformer_blocks.0.attn1"
 EXTRACT = {"timesteps": [21, 61], "layers": ["up_blocks.1.*attn1"], "batch_size": 4, "threads": 1}
 FIT: dict[str, Any] = {"epochs": 1, "projection": 16, "norm_groups": 4, "device": "cpu"}
 QUICK = {"bootstrap": 10}
-VERBS = ["extract", "fit", "label", "open_run", "open_store"]
+VERBS = ["extract", "fit", "label", "open_run", "open_store", "probe"]
 
 
 @pytest.fixture(scope="module")
