@@ -7,6 +7,7 @@
     store.tiles                                     # pandas table of the tiles
     store.pooled(timestep=61, layer="up_blocks.1.*attn1")   # xarray (tile, channel)
     satdifuser.label(store, "fields.gpkg", column="crop")   # polygons or points, now or later
+    table = satdifuser.probe(store)                 # which layer, which noise level: a pandas table
     run = satdifuser.fit(store, fusion="global")
     run.metrics
 

@@ -21,7 +21,7 @@ from satdifuser.evaluate.published import METRICS
 from satdifuser.evaluate.results import reported_split
 from satdifuser.fuse.data import DRAW_SEED, labelled
 from satdifuser.fuse.run_folder import SETTINGS_FILE, Run, find_runs, open_run
-from satdifuser.store.few_labels import draw_labelled, parse_budgets
+from satdifuser.store.few_labels import ALL_LABELS, Budget, draw_labelled, parse_budgets
 from satdifuser.store.reader import FeatureStore, open_store
 
 COLUMNS = ["dataset", "method", "metric_name", "metric_value", "ci_lower", "ci_upper", "n_train", "n_val"]
@@ -95,7 +95,7 @@ def probe_method(task: str, probe: str, strength: float) -> str:
 
 def inputs_in_words(row: Mapping[Any, Any]) -> str:
     """Which features a probe saw."""
-    timestep = "all timesteps" if pd.isna(row["timestep"]) else f"t = {row['timestep']}"
+    timestep = "all timesteps" if pd.isna(row["timestep"]) else f"t = {row['timestep']:g}"
     return f"{timestep}, {'all layers' if pd.isna(row['layer']) else row['layer']}"
 
 
@@ -107,8 +107,7 @@ def run_row(run: Run) -> dict[str, Any]:
         raise RunError(f"{run.path}: was not measured on test; run `satdifuser evaluate {run.path}`")
     low, high = run.metrics[split]["interval"][metric]
     sections = yaml.safe_load((run.path / SETTINGS_FILE).read_text())
-    fit = info.get("fit", {})
-    few = fit.get("labels") or (fit.get("shots") and f"{fit['shots']} shots")
+    budget = budget_of(run)
     return {
         "dataset": dataset_name(sections.get("source", {})),
         "method": info["fusion"] if info["kind"] == "baseline" else f"{info['fusion']}-{info['head']}",
@@ -119,7 +118,7 @@ def run_row(run: Run) -> dict[str, Any]:
         **count_tiles(run),
         "seed": info["seed"],
         "name": f"satdifuser {sections.get('backbone', {}).get('model', 'unknown')}, {info['name']}",
-        "partition": few or run.partition,
+        "partition": str(budget) if budget.is_drawn or budget.partition else run.partition,
         "image_size": image_size(info["layers"]),
         "best_c": info.get("strength", math.nan),
         **PREPARED,
@@ -138,13 +137,16 @@ def count_tiles(run: Run) -> dict[str, int | None]:
 
 def count_training_tiles(run: Run, store: FeatureStore) -> int:
     """How many tiles a run learned from."""
-    rows, fit = labelled(store, "train", run.partition), run.info.get("fit", {})
-    (budget,) = parse_budgets(str(fit.get("labels", "")), str(fit.get("shots", "")))
-    return (
-        len(draw_labelled(store, rows, budget, DRAW_SEED, fit.get("draw", 0)))
-        if budget.is_drawn
-        else len(rows)
-    )
+    rows, budget = labelled(store, "train", run.partition), budget_of(run)
+    if budget == ALL_LABELS:
+        return len(rows)
+    return len(draw_labelled(store, rows, budget, DRAW_SEED, run.info["fit"].get("draw", 0)))
+
+
+def budget_of(run: Run) -> Budget:
+    """How many labels a run learned from; a baseline learns from all."""
+    fit = run.info.get("fit", {})
+    return parse_budgets(str(fit.get("labels", "")), str(fit.get("shots", "")))[0]
 
 
 def image_size(layers: Sequence[Mapping[str, Any]]) -> int:

@@ -22,6 +22,7 @@ from satdifuser.fuse.device import choose_device
 from satdifuser.store.encoding import Floats
 from satdifuser.store.few_labels import (
     Budget,
+    check_classes_differ,
     check_classes_known,
     class_presence,
     draw_labelled,
@@ -93,6 +94,7 @@ class SweepData:
         self.train_rows = labelled(store, "train", self.partition)
         self.val_rows = labelled(store, "val", self.partition)
         present = class_presence(store, self.train_rows)
+        check_classes_differ(store, present)
         check_classes_known(store, present, class_presence(store, self.val_rows))
         self.drawn: dict[tuple[str, int], Indices] = {
             (str(budget), draw): draw_labelled(store, self.train_rows, budget, settings.seed, draw, present)

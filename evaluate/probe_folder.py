@@ -24,7 +24,8 @@ PROBE_FILE, TABLE_FILE, CSV_FILE, JOURNAL_FILE = "probe.json", "probe.parquet", 
 COLUMNS = ["dataset", "partition", "labels", "draw", "n_train", "n_val", "n_test", "inputs", "timestep"]
 COLUMNS += ["layer", "stride", "probe", "strength", "metric", "split", "value", "low", "high", "seed"]
 COLUMNS += ["seconds", "gradient_norm", "converged", "chosen"]
-WHOLE = ["draw", "n_train", "n_val", "n_test", "timestep", "stride", "seed"]
+WHOLE = ["draw", "n_train", "n_val", "n_test", "seed"]
+SOMETIMES = ["timestep", "stride"]  # NaN where all are joined
 Record = dict[str, Any]
 
 
@@ -117,7 +118,8 @@ def write_probe(folder: Path, table: pd.DataFrame, info: Mapping[str, Any]) -> N
     buffer = io.BytesIO()
     table.to_parquet(buffer)
     write_durably(folder / TABLE_FILE, buffer.getvalue())
-    write_durably(folder / CSV_FILE, table.to_csv(index=False).encode())
+    text = table.astype(dict.fromkeys(SOMETIMES, "Int64")).to_csv(index=False)  # 21, not 21.0
+    write_durably(folder / CSV_FILE, text.encode())
     write_durably(folder / PROBE_FILE, (json.dumps(info, indent=1) + "\n").encode())
 
 
@@ -136,4 +138,5 @@ def open_probe(folder: Path) -> tuple[pd.DataFrame, Record]:
 def as_table(rows: list[Record]) -> pd.DataFrame:
     """Rows as a table with the columns of a probe."""
     table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.astype(dict.fromkeys(WHOLE, "Int64") | {"layer": "object"})
+    kinds = dict.fromkeys(WHOLE, "int64") | dict.fromkeys(SOMETIMES, "float64") | {"layer": "object"}
+    return table.astype(kinds)

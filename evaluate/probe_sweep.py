@@ -6,7 +6,7 @@ Only these are measured on test, by the code that `evaluate` uses, and each read
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -219,11 +219,12 @@ def name_failures(table: pd.DataFrame) -> list[str]:
     """The fits whose gradient was still too large when they were stopped."""
     failed = table[(table["split"] == "val") & ~table["converged"].astype(bool)]
     return [
-        f"{Cell(r['labels'], r['draw'], r['inputs'], _or_none(r['timestep']), _or_none(r['layer']))}, "
-        f"{r['probe']} {r['strength']:g}: gradient norm {r['gradient_norm']:.2g}"
+        f"{_cell_of(r)}, {r['probe']} {r['strength']:g}: gradient norm {r['gradient_norm']:.2g}"
         for r in failed.to_dict("records")
     ]
 
 
-def _or_none(value: Any) -> Any:
-    return None if pd.isna(value) else value
+def _cell_of(row: Mapping[Any, Any]) -> Cell:
+    timestep = None if pd.isna(row["timestep"]) else int(row["timestep"])
+    layer = None if pd.isna(row["layer"]) else row["layer"]
+    return Cell(row["labels"], row["draw"], row["inputs"], timestep, layer)

@@ -48,7 +48,7 @@ def most_frequent(words: list[str]) -> str:
 
 def inputs_of(row: Mapping[str, Any]) -> str:
     """The timestep and layer of a row in short words."""
-    timestep = "all" if pd.isna(row["timestep"]) else f"{row['timestep']}"
+    timestep = "all" if pd.isna(row["timestep"]) else f"{row['timestep']:g}"
     return f"t = {timestep}, {'all layers' if pd.isna(row['layer']) else row['layer']}"
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from made_up import store_attributes
-from numpy.typing import NDArray
+from made_up_labelled import CLASSES, SIZE, labelled_store
 
 from satdifuser.errors import RunError
 from satdifuser.evaluate.baselines import (
@@ -27,89 +26,22 @@ from satdifuser.evaluate.probes import LinearProbes, fit_probes
 from satdifuser.evaluate.samples import PIXEL_BYTES, Samples, gather_samples, pixels_per_tile
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse.run_folder import Run, open_run
-from satdifuser.store.encoding import encode
 from satdifuser.store.reader import FeatureStore
-from satdifuser.store.schema import LayerInfo
-from satdifuser.store.writer import TileRow, open_or_create
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
-SPLITS = ["train"] * 12 + ["val"] * 6 + ["test"] * 6
-CLASSES, SIZE, IGNORE = 3, 16, 255
-LAYERS = [
-    LayerInfo(name="up.fine", channels=3, stride=4, height=4, width=4),
-    LayerInfo(name="up.coarse", channels=2, stride=8, height=2, width=2),
-]
 QUICK = EvaluateSettings(bootstrap=10, pictures=2)
 FINE, COARSE = (21, "up.fine"), (21, "up.coarse")
 
 
-def make_store(path: Path, task: str, test_seed: int = 0) -> FeatureStore:
-    """Write a store; `test_seed` changes everything about the test tiles and nothing else.
-
-    The first channel of the fine layer is the class, of a tile or of each of its 4 x 4 cells; the rest is
-    noise. A corner of each mask is not labelled. Of several classes per tile, the class and all below it are.
-    """
-    attributes = store_attributes(
-        task=task,
-        classes=[f"class {c}" for c in range(CLASSES)],
-        ignore_value=IGNORE,
-        tiles=len(SPLITS),
-        tile_size=(SIZE, SIZE),
-        tiles_per_shard=len(SPLITS),
-        timesteps=[21],
-        layers=LAYERS,
-        encoding="float32",
-        previews=True,
-        colour_statistics=["mean", "std"],
-        settings={"source": {"kind": "synthetic"}},
-    )
-    tiles = [make_tile(index, split, task, test_seed) for index, split in enumerate(SPLITS)]
-    groups = {f"stride_{layer.stride:02}": layer.name for layer in LAYERS}
-    batch = {
-        group: encode(np.stack([maps[name] for _, maps in tiles])[:, None, None], "float32")
-        for group, name in groups.items()
-    }
-    open_or_create(path, attributes, overwrite=False).write_shard(0, [row for row, _ in tiles], [batch], {})
-    return FeatureStore(path)
-
-
-def make_tile(
-    index: int, split: str, task: str, test_seed: int
-) -> tuple[TileRow, dict[str, NDArray[np.float32]]]:
-    random = np.random.default_rng([index, test_seed if split == "test" else 0])
-    cells = random.integers(0, CLASSES, (4, 4))
-    if task != "segmentation":
-        cells[:] = cells[0, 0]
-    maps = {
-        layer.name: random.normal(size=(layer.channels, layer.height, layer.width)).astype(np.float32)
-        for layer in LAYERS
-    }
-    maps["up.fine"][0] = cells
-    mask = cells.repeat(4, axis=0).repeat(4, axis=1).astype(np.uint8)
-    mask[:2, :2] = IGNORE
-    row = TileRow(
-        f"t{index:02}",
-        split,
-        colour=random.random(2).astype(np.float32),
-        target={
-            "classification": np.array(cells[0, 0], np.int32),
-            "multilabel": (np.arange(CLASSES) <= cells[0, 0]).astype(np.uint8),
-            "segmentation": mask,
-        }[task],
-        preview=random.integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8),
-    )
-    return row, maps
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    return make_store(tmp_path_factory.mktemp("labels") / "s.zarr", "classification")
+    return labelled_store(tmp_path_factory.mktemp("labels") / "s.zarr", "classification")
 
 
 @pytest.fixture(scope="module")
 def mask_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    return make_store(tmp_path_factory.mktemp("masks") / "s.zarr", "segmentation")
+    return labelled_store(tmp_path_factory.mktemp("masks") / "s.zarr", "segmentation")
 
 
 def probe_of(samples: Samples, inputs: list[tuple[int, str]], classes: int = CLASSES) -> LinearProbes:
@@ -144,7 +76,7 @@ def test_baselines_never_see_test(task: str, tmp_path: Path) -> None:
     """Two stores that differ in their test tiles only give the same models and the same figures on val."""
     found = []
     for seed in (0, 1):
-        store = make_store(tmp_path / f"{seed}.zarr", task, seed)
+        store = labelled_store(tmp_path / f"{seed}.zarr", task, seed)
         runs = fit_baselines(store, QUICK, tmp_path / f"runs-{seed}", overwrite=False)
         assert all(run.metrics["test_reads"] == 0 for run in runs)
         for run in runs:
@@ -228,7 +160,7 @@ def test_baselines_are_kept_until_another_seed_is_asked_for(store: FeatureStore,
 @pytest.mark.parametrize("task", ["classification", "multilabel", "segmentation"])
 def test_a_baseline_that_is_fitted_again_is_the_same(task: str, tmp_path: Path) -> None:
     """Its weights are not kept, only what it chose on val: val tells that the same model is measured."""
-    store = make_store(tmp_path / "s.zarr", task)
+    store = labelled_store(tmp_path / "s.zarr", task)
     for run in fit_baselines(store, QUICK, tmp_path / "runs", overwrite=False):
         before = {name: value for name, value in run.metrics["val"].items() if name != "interval"}
         (run.path / "metrics.json").unlink()  # so that val is measured, not remembered
@@ -240,6 +172,6 @@ def test_a_baseline_that_is_fitted_again_is_the_same(task: str, tmp_path: Path) 
 
 def test_a_baseline_is_not_measured_on_another_store(store: FeatureStore, tmp_path: Path) -> None:
     run = fit_baselines(store, QUICK, tmp_path / "runs", overwrite=False)[0]
-    other = make_store(tmp_path / "other.zarr", "segmentation")
+    other = labelled_store(tmp_path / "other.zarr", "segmentation")
     with pytest.raises(RunError, match=r"baseline-colour: was fitted on another store than .*other\.zarr"):
         evaluate_baseline(run, other, QUICK)
