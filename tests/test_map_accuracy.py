@@ -15,7 +15,7 @@ from command_line import refuse, succeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import run_record
-from made_up_scene import box, point, scene_store, write_scene, write_vectors
+from made_up_scene import SIDE, box, point, scene_store, write_scene, write_vectors
 
 import satdifuser
 from satdifuser.evaluate.maps import assess
@@ -232,7 +232,7 @@ def test_errors(run: Path, tmp_path: Path) -> None:
 
 def test_a_run_and_its_store_alone(tmp_path: Path) -> None:
     """What is told is that of the map that `predict` makes of the store."""
-    scene_store(tmp_path / "s.zarr", feature_identity={"images": {}})
+    scene_store(tmp_path / "s.zarr", feature_identity={"images": {"tile_size": [SIDE, SIDE]}})
     fields = write_vectors(tmp_path / "f.gpkg", [box(0, 0, 16, 32), box(16, 0, 16, 32)], ["water", "forest"])
     succeed("label", tmp_path / "s.zarr", fields)
     run = tmp_path / "run"
