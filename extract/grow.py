@@ -114,8 +114,7 @@ def _prepare(job: Job, old: FeatureStore, additions: Additions) -> Growth:
     if a.labelled and additions.tiles and not additions.labels:
         raise StoreError(
             f"{old.path}: holds labels of {a.labelled['file']}, which --add-tiles would replace by its "
-            "source's; add "
-            f"--relabel, and then `satdifuser label {old.path} {a.labelled['file']}` again"
+            f"source's; add --relabel, and then `satdifuser label {old.path} {a.labelled['file']}` again"
         )
     job = _as_stored(fix_automatic(job, old.folder, overwrite=False), a)
     info = find_backbone(job.backbone_settings)

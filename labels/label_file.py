@@ -119,9 +119,8 @@ class VectorLabels:
         if not self.classes or len(self.classes) > MAX_CLASSES:
             found = f"{len(self.classes)} classes in column {self._settings.column!r}"
             raise LabelError(
-                f"{self.path}: {found}, expected 1 to {MAX_CLASSES}; name the column that holds the class "
-                "in the "
-                "setting `column`"
+                f"{self.path}: {found}, expected 1 to {MAX_CLASSES}; name the column that holds the class in "
+                "the setting `column`"
             )
         unknown = count_unknown(names, self.classes)
         if unknown and self._settings.unknown == "refuse":
@@ -129,11 +128,9 @@ class VectorLabels:
             listed = ", ".join(f"{name!r} ({count})" for name, count in unknown.most_common(MAX_NAMED))
             allowed = ", ".join(self.classes[:MAX_NAMED]) + (", …" if len(self.classes) > MAX_NAMED else "")
             raise LabelError(
-                f"{self.path}: column {self._settings.column!r} holds the class {listed}, which is not "
-                "among the "
-                f"{len(self.classes)} known ones ({allowed}){suggest(first, self.classes)}; correct it, "
-                "add it to the "
-                "class list, or set `unknown` to ignore"
+                f"{self.path}: column {self._settings.column!r} holds the class {listed}, which is not among "
+                f"the {len(self.classes)} known ones ({allowed}){suggest(first, self.classes)}; correct it, "
+                "add it to the class list, or set `unknown` to ignore"
             )
         return unknown
 
@@ -250,14 +247,12 @@ def explain_miss(
     if tally.features:
         return told + (
             f"{len(tally.features)} of its features lie at tiles, but cover the centre of no pixel with "
-            "data; set "
-            "`touch` to all to label the pixels that they touch"
+            "data; set `touch` to all to label the pixels that they touch"
         )
     crs = placed[0].crs
     bounds = np.array([place.bounds(*size) for place in placed if place.crs == crs])
     seen = show((*bounds[:, :2].min(axis=0).tolist(), *bounds[:, 2:].max(axis=0).tolist()))
     return told + (
         f"{file.where()}, what it should label in {crs} at {seen} (left, bottom, right, top); name the "
-        "labels "
-        "of this place, or correct their CRS"
+        "labels of this place, or correct their CRS"
     )

@@ -112,8 +112,7 @@ def _survey(store: FeatureStore, file: LabelFile, settings: LabelSettings) -> Su
     if (labels == NO_LABEL).all():
         raise LabelError(
             f"{file.path}: no tile gets a label, for no class has in one what label.per_tile: "
-            f"{settings.per_tile} "
-            "asks for; set it to containing, or to false for labels of pixels"
+            f"{settings.per_tile} asks for; set it to containing, or to false for labels of pixels"
         )
     return Survey(labels, file.notes(tally) + _describe(file, counts, labels))
 
@@ -176,9 +175,8 @@ def _draw(store: FeatureStore, survey: Survey, settings: LabelSettings) -> Drawn
         empty = [name for name in splits_of_shares(settings.split) if name not in splits]
         if empty:
             raise LabelError(
-                f"label.split: no tile in {', '.join(empty)}, for only {len(rows)} tiles are labelled; "
-                "label more, "
-                "set the shares of label.split, or label.split: keep"
+                f"label.split: no tile in {', '.join(empty)}, for only {len(rows)} tiles are labelled; label "
+                "more, set the shares of label.split, or label.split: keep"
             )
         notes += [warning for warning in [leak_warning(splits.tolist(), places, size)] if warning]
     return Drawn(partitions, notes)

@@ -100,8 +100,7 @@ def draw_partitions(
         lost = tile_ids[[place is None for place in places].index(True)]
         raise LabelError(
             f"split.kind: {split.kind}, but tile {lost} has no place on the ground "
-            f"({len(places) - len(known)} such "
-            "tiles); set it to random"
+            f"({len(places) - len(known)} such tiles); set it to random"
         )
     ground = footprints(known, size)
     blocks = block_numbers(ground, split.size_m)
@@ -206,10 +205,9 @@ def leak_warning(
     if not leaks:
         return None
     return (
-        f"warning: {leaks} of {(names == 'train').sum()} train tiles overlap a tile of val or test, so "
-        "these are "
-        "partly trained on and their figures flatter; split the ground instead: "
-        "split: {kind: spatial_blocks, size_m: …, buffer_m: …}"
+        f"warning: {leaks} of {(names == 'train').sum()} train tiles overlap a tile of val or test, so these "
+        "are partly trained on and their figures flatter; split the ground instead: split: "
+        "{kind: spatial_blocks, size_m: …, buffer_m: …}"
     )
 
 
@@ -221,17 +219,14 @@ def _check_filled(
         cleared = int((splits == "none").sum())
         counts = ", ".join(f"{which} {int((before == which).sum())}" for which in USED_SPLITS)
         raise LabelError(
-            f"split: no tile in {', '.join(empty)} of partition {name}: {len(splits)} tiles lie in "
-            f"{blocks} blocks of "
-            f"size_m {split.size_m:g} ({counts}), and buffer_m {split.buffer_m:g} cleared {cleared} of "
-            "them; lower "
-            "size_m, buffer_m or the number of splits"
+            f"split: no tile in {', '.join(empty)} of partition {name}: {len(splits)} tiles lie in {blocks} "
+            f"blocks of size_m {split.size_m:g} ({counts}), and buffer_m {split.buffer_m:g} cleared "
+            f"{cleared} of them; lower size_m, buffer_m or the number of splits"
         )
 
 
 def _note(split: SpatialBlocks | SpatialFolds, name: str, tiles: int, dropped: int) -> str:
     return (
         f"partition {name}: {dropped} of {tiles} tiles are in no split, for they overlap a tile of another "
-        "one or are "
-        f"nearer to it than buffer_m {split.buffer_m:g}"
+        f"one or are nearer to it than buffer_m {split.buffer_m:g}"
     )

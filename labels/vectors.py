@@ -120,8 +120,7 @@ def _check_column(path: Path, column: str | None, held: Sequence[str]) -> None:
     if column is not None and column not in held:
         raise SettingsError(
             f"{path}: has no column {column!r}; it has {', '.join(held) or 'none'}{suggest(column, held)}; "
-            "name "
-            "the one that holds the class in the setting `column`"
+            "name the one that holds the class in the setting `column`"
         )
 
 
@@ -130,8 +129,7 @@ def _check_crs(path: Path, crs: str | None) -> str:
         beside = " (a Shapefile keeps it in a .prj beside it)" if path.suffix.lower() == ".shp" else ""
         raise LabelError(
             f"{path}: has no CRS{beside}, so nobody knows where its shapes lie; assign the one that they "
-            "were "
-            "drawn in, in QGIS or by `ogr2ogr -a_srs EPSG:… NEW OLD`"
+            "were drawn in, in QGIS or by `ogr2ogr -a_srs EPSG:… NEW OLD`"
         )
     try:
         CRS.from_user_input(crs)
@@ -160,8 +158,7 @@ def _parse(path: Path, raw: NDArray[Any], refuse_invalid: bool) -> tuple[Geometr
         reason = shapely.is_valid_reason(geometry[wrong[0]])
         raise LabelError(
             f"{path}: {_named(wrong)}: not valid ({'a ring is open' if open_ring[wrong[0]] else reason}); "
-            "mend it, or "
-            "set `invalid` to repair"
+            "mend it, or set `invalid` to repair"
         )
     for i in wrong:
         geometry[i] = _polygonal(shapely.make_valid(geometry[i]))
@@ -221,9 +218,8 @@ def _name(shapes: Shapes, column: str, value: Any, names: dict[int, str]) -> str
 
 def _no_classes(shapes: Shapes, column: str, value: Any) -> LabelError:
     return LabelError(
-        f"{shapes.path}: column {column!r} holds {value!r}, expected names or whole numbers of classes; "
-        "name the "
-        "column that holds the class in the setting `column`"
+        f"{shapes.path}: column {column!r} holds {value!r}, expected names or whole numbers of classes; name "
+        "the column that holds the class in the setting `column`"
     )
 
 

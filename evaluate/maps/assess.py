@@ -108,15 +108,13 @@ def _check_map(run_folder: Path, path: Path, dataset: Any, classes: list[str]) -
         named = json.loads(tags.get(CLASSES_TAG, ""))
     except ValueError:
         raise RunError(
-            f"{path}: has no class names (tag {CLASSES_TAG}), so it is no map of `satdifuser predict`; "
-            "make one with "
-            f"`satdifuser predict {run_folder} SCENE -o MAP.tif`"
+            f"{path}: has no class names (tag {CLASSES_TAG}), so it is no map of `satdifuser predict`; make "
+            f"one with `satdifuser predict {run_folder} SCENE -o MAP.tif`"
         ) from None
     if named != classes:
         raise RunError(
             f"{path}: maps the classes {', '.join(map(str, named))}, but {run_folder} knows "
-            f"{', '.join(classes)}; "
-            "name the run that made the map"
+            f"{', '.join(classes)}; name the run that made the map"
         )
     model = open_run(run_folder).info.get("model_sha256")
     if tags.get(MODEL_TAG, model) != model:
@@ -170,8 +168,7 @@ def _check_values(dataset: Any, values: NDArray[Any], classes: int) -> None:
     if len(wrong):
         raise RunError(
             f"{dataset.name}: holds the class number {wrong[0]}, expected 0 to {classes - 1}, or {NODATA} "
-            "for no data; "
-            "map the scene again"
+            "for no data; map the scene again"
         )
 
 
@@ -237,9 +234,8 @@ def _unsampled(classes: list[str], counted: Counted) -> list[str]:
     """Classes of the map of which the reference says nothing."""
     total = counted.mapped.sum()
     return [
-        f"warning: no reference pixel on what is mapped as {name}: {area / total:.1%} of the map is left "
-        "out of all "
-        "estimates"
+        f"warning: no reference pixel on what is mapped as {name}: {area / total:.1%} of the map is left out "
+        "of all estimates"
         for name, area, drawn in zip(classes, counted.mapped, counted.counts.sum(axis=1), strict=True)
         if area and not drawn
     ]

@@ -63,8 +63,7 @@ class SceneLabels:
         if not self.path.is_dir():
             raise SettingsError(
                 f"source.labels: {self.path} is missing; expected a label raster, a file of polygons or "
-                "points, "
-                "or a folder of them, its path seen from the working folder"
+                "points, or a folder of them, its path seen from the working folder"
             )
         choices = [self.path / f"{scene.stem}{end}" for end in LABEL_SUFFIXES]
         for path in choices:
