@@ -16,15 +16,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from scipy.stats import trim_mean
 
 from satdifuser.errors import RunError
 from satdifuser.evaluate.intervals import percentiles
 from satdifuser.evaluate.metrics import Floats
-from satdifuser.evaluate.results import check_alike, main_metric, reported_split, span
+from satdifuser.evaluate.results import check_alike, lay_out, main_metric, reported_split, span
 from satdifuser.evaluate.settings import EvaluateSettings
-from satdifuser.fuse.run_folder import SETTINGS_FILE, Run, open_run
+from satdifuser.fuse.run_folder import Run, open_run, read_settings
 
 Scores = dict[str, dict[str, Floats]]
 """Model to data set to the scores of its seeds, (S,)."""
@@ -88,7 +87,7 @@ def name_datasets(runs: Sequence[Run]) -> list[str]:
     names: dict[str, str] = {}
     for run, label in zip(runs, labels, strict=True):
         if label not in names:
-            name = name_source(sections(run).get("source", {}))
+            name = name_source(read_settings(run).get("source", {}))
             again = sum(known.split(" #")[0] == name for known in names.values())
             names[label] = f"{name} #{again + 1}" if again else name
     return [names[label] for label in labels]
@@ -104,7 +103,7 @@ def name_models(runs: Sequence[Run]) -> list[str]:
     """Each run's model: fusion and head, and noising and backbone where the runs differ in them."""
     parts = []
     for run in runs:
-        stages = sections(run)
+        stages = read_settings(run)
         parts.append(
             [
                 f"{run.info['fusion']}{' (baseline)' if run.info['kind'] == 'baseline' else ''}",
@@ -114,12 +113,6 @@ def name_models(runs: Sequence[Run]) -> list[str]:
         )
     varied = [i for i in range(3) if i == 0 or len({part[i] for part in parts}) > 1]
     return [", ".join(part[i] for i in varied if part[i]) for part in parts]
-
-
-def sections(run: Run) -> dict[str, Any]:
-    """A run's settings.yaml."""
-    found: dict[str, Any] = yaml.safe_load((run.path / SETTINGS_FILE).read_text())
-    return found
 
 
 def min_max(scores: Scores) -> Scores:
@@ -158,12 +151,14 @@ def seed_interval(scores: Mapping[str, Floats], settings: EvaluateSettings) -> t
 def format_across(table: pd.DataFrame, level: float) -> str:
     """The table for a terminal."""
     datasets = [str(name) for name in table.columns[5:]]
-    heading = ["model", "IQM", f"{100 * level:g}% interval (seeds)", "seeds", *datasets]
-    lines = [heading]
-    for row in table.to_dict("records"):
-        cells = [row["model"], f"{row['iqm']:.3f}", span(row["low"], row["high"]), str(row["seeds"])]
-        lines.append([*cells, *(f"{row[name]:.3f}" for name in datasets)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    rows = [
+        {
+            "model": row["model"],
+            "IQM": f"{row['iqm']:.3f}",
+            f"{100 * level:g}% interval (seeds)": span(row["low"], row["high"]),
+            "seeds": str(row["seeds"]),
+            **{name: f"{row[name]:.3f}" for name in datasets},
+        }
+        for row in table.to_dict("records")
+    ]
+    return "\n".join(lay_out(rows))

@@ -216,17 +216,17 @@ def evaluate_run(folder: Path, store_path: Location | None, settings: EvaluateSe
     previous_test_reads(run)  # a damaged count is told before test is read once more
     store = open_store(store_path or run.info["store"]["path"])
     check_features(run, store)
-    predictor = Predictor(run, store)
+    network = StoreNetwork(run, store)
     rows = labelled(store, settings.split, run.partition)
-    outcome = predictor.predict(rows, spread_positions(len(rows), settings.pictures))
+    outcome = network.predict(rows, spread_positions(len(rows), settings.pictures))
     val = known_val(run, store, settings)
     if val is None:  # imported: its training was measured elsewhere
-        val = predictor.predict(labelled(store, "val", run.partition)).metrics()
+        val = network.predict(labelled(store, "val", run.partition)).metrics()
     return write_outcome(run, store, rows, outcome, val, settings)
 
 
-class Predictor:
-    """A run's network at work on a store."""
+class StoreNetwork:
+    """A run's network at work on a store, whose targets are known."""
 
     def __init__(self, run: Run, store: FeatureStore) -> None:
         self.store, self.inputs = store, run_inputs(run, store)

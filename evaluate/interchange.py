@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from satdifuser.errors import RunError, SatDiFuserError
 from satdifuser.evaluate.probe_folder import PROBE_FILE, open_probe
 from satdifuser.evaluate.published import METRICS
 from satdifuser.evaluate.results import reported_split
 from satdifuser.fuse.data import DRAW_SEED, labelled
-from satdifuser.fuse.run_folder import SETTINGS_FILE, Run, find_runs, open_run
+from satdifuser.fuse.run_folder import Run, find_runs, open_run, read_settings
 from satdifuser.store.few_labels import ALL_LABELS, Budget, draw_labelled, parse_budgets
 from satdifuser.store.reader import FeatureStore, open_store
 
@@ -106,7 +105,7 @@ def run_row(run: Run) -> dict[str, Any]:
     if split != "test":
         raise RunError(f"{run.path}: was not measured on test; run `satdifuser evaluate {run.path}`")
     low, high = run.metrics[split]["interval"][metric]
-    sections = yaml.safe_load((run.path / SETTINGS_FILE).read_text())
+    sections = read_settings(run)
     budget = budget_of(run)
     return {
         "dataset": dataset_name(sections.get("source", {})),

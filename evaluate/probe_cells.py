@@ -18,7 +18,7 @@ from satdifuser.evaluate.probes import Probes, fit_probes
 from satdifuser.evaluate.samples import Input, Samples, gather_samples, score_samples
 from satdifuser.evaluate.settings import InputKind, ProbeKind, ProbeSettings
 from satdifuser.fuse.data import labelled
-from satdifuser.fuse.device import choose_device
+from satdifuser.store.device import choose_device
 from satdifuser.store.encoding import Floats
 from satdifuser.store.few_labels import (
     Budget,
@@ -89,7 +89,7 @@ class SweepData:
     def __init__(self, store: FeatureStore, settings: ProbeSettings) -> None:
         self.store, self.settings = store, settings
         self.partition = store.choose_partition(settings.partition)
-        self.device = choose_device(settings.device)
+        self.device = choose_device(settings.device, "probe.device")
         self.kinds = probe_kinds(store, settings)
         self.train_rows = labelled(store, "train", self.partition)
         self.val_rows = labelled(store, "val", self.partition)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from satdifuser.evaluate.results import score, span
+from satdifuser.evaluate.results import lay_out, score, span
 
 GROUP = ["labels", "inputs", "probe"]
 
@@ -68,11 +68,9 @@ def format_probe(table: pd.DataFrame, info: Mapping[str, Any]) -> str:
         }
         for row in summarise_probe(table, info)
     ]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    lines = ["  ".join(line[name].ljust(width) for name, width in widths.items()).rstrip()
-             for line in [dict(zip(widths, widths, strict=True)), *rows]]  # fmt: skip
+    heading, *lines = lay_out(rows)
     told = [f"Test was read {info['test_reads']} times, each time for one row that val had chosen."]
     told += [f"{info['convergence_failures']} fits did not converge; probe.json names them."] * bool(
         info["convergence_failures"]
     )
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *told])
+    return "\n".join([heading, "-" * len(heading), *lines, *told])

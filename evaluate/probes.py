@@ -87,15 +87,17 @@ class NeighbourProbes:
         """(N, D) features to (J, N, K) probabilities; distances are those of standardised features."""
         hot = torch.from_numpy(self.hot).float()
         most = min(max(self.counts), len(hot))
+        mean, spread = mean_and_spread(self.features)
         parts = []
         for start in range(0, len(features), ROWS_AT_ONCE):
-            squares = self._squared_distances(features[start : start + ROWS_AT_ONCE])
+            squares = self._squared_distances(features[start : start + ROWS_AT_ONCE], mean, spread)
             nearest = hot[squares.topk(most, largest=False).indices]  # (n, most, K), nearest first
             parts.append(torch.stack([nearest[:, :count].mean(1) for count in self.counts]))
         return torch.cat(parts, dim=1).numpy()
 
-    def _squared_distances(self, features: Floats) -> Tensor:
-        mean, spread = mean_and_spread(self.features)
+    def _squared_distances(
+        self, features: Floats, mean: NDArray[np.float64], spread: NDArray[np.float64]
+    ) -> Tensor:
         total = torch.zeros(len(features), len(self.features), dtype=torch.float64)
         for columns in column_blocks(len(mean)):
             ours, theirs = (

@@ -48,11 +48,15 @@ def results_table(runs: Sequence[Path], split: str | None = None) -> pd.DataFram
 
 def format_table(table: pd.DataFrame) -> str:
     """Lay out a table of `results_table` as plain text for a terminal."""
-    rows = format_cells(table)
+    heading, *lines = lay_out(format_cells(table))
+    return "\n".join([heading, "-" * len(heading), *lines, choice_sentence(table)])
+
+
+def lay_out(rows: Sequence[dict[str, str]]) -> list[str]:
+    """Lines of a table with aligned columns, their names first."""
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
     lines = [dict(zip(widths, widths, strict=True)), *rows]
-    text = ["  ".join(line[name].ljust(width) for name, width in widths.items()).rstrip() for line in lines]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:], choice_sentence(table)])
+    return ["  ".join(line[name].ljust(width) for name, width in widths.items()).rstrip() for line in lines]
 
 
 def choice_sentence(table: pd.DataFrame) -> str:

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from satdifuser.errors import BackboneError, SettingsError
-from satdifuser.extract.device import check_dtype, resolve_device, to_device
+from satdifuser.extract.device import check_dtype, to_device
 from satdifuser.extract.images import resolve_image_size
 from satdifuser.extract.layers import layer_table
 from satdifuser.extract.settings import BackboneSettings, Size
 from satdifuser.extract.unet import Conditions, SatUNet
+from satdifuser.store.device import choose_device
 from satdifuser.store.schema import LayerInfo
 
 EMBEDDED = "embedded"
@@ -279,7 +280,7 @@ def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
         SettingsError: the device is not there, or cannot compute with the dtype.
         BackboneError: the weights cannot be read.
     """
-    device = resolve_device(settings.device)
+    device = choose_device(settings.device, "backbone.device")
     dtype: torch.dtype = getattr(torch, settings.dtype)
     check_dtype(device, dtype)
     unet = load_unet(info.unet_folder, settings.metadata)

@@ -33,7 +33,7 @@ from satdifuser.extract.reading import ReadTile
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.store.encoding import FORMS, encode
 from satdifuser.store.schema import LayerInfo, group_layers
-from satdifuser.store.writer import Encoded, TileRow
+from satdifuser.store.writer import Encoded, StoreWriter, TileRow
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,24 @@ class Shard:
         note |= {"batches_split": self.splits} if self.splits else {}
         note |= {"widened": dict(sorted(self.widened.items()))} if self.widened else {}
         return rows, [batch.encoded for batch in found], note
+
+
+def write_shard(writer: StoreWriter, index: int, shard: Shard, note: Mapping[str, Any]) -> int:
+    """Wait for a shard's features and commit them.
+
+    Args:
+        writer: Of the store.
+        index: Of the shard.
+        shard: Its tiles.
+        note: Further facts for the commit record.
+
+    Returns:
+        Bytes written.
+    """
+    rows, batches, facts = shard.finish()
+    if writer.attributes.labelled:
+        rows = without_labels(rows)
+    return writer.write_shard(index, rows, batches, {**note, **facts})
 
 
 def without_labels(rows: Sequence[TileRow]) -> list[TileRow]:

@@ -21,8 +21,9 @@ class ShardCost:
     """
 
     def __init__(self, work: Work, alone: bool = True) -> None:
-        self._device, self._batch = work.extractor.backbone.device, work.batch_size
-        gpu = gpu_uuid(self._device)
+        device, self._batch = work.extractor.backbone.device, work.batch_size
+        self._device_name = device_name(device)
+        gpu = gpu_uuid(device)
         self._meter = EnergyMeter(gpu) if gpu or alone else None
         self._seconds, self._joules = time.monotonic(), 0.0
 
@@ -32,7 +33,7 @@ class ShardCost:
         note: dict[str, Any] = {
             "seconds": round(now - self._seconds, 3),
             "batch_size": self._batch,
-            "device": device_name(self._device),
+            "device": self._device_name,
         }
         if joules is not None:
             note["joules"], self._joules = round(joules - self._joules, 3), joules

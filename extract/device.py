@@ -22,24 +22,6 @@ from satdifuser.errors import SettingsError
 Arrays = dict[str, NDArray[np.generic]]
 
 
-def resolve_device(device: str) -> torch.device:
-    """Choose the device: ``auto`` is a GPU where there is one.
-
-    Raises:
-        SettingsError: the device is not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(
-            f"backbone.device: {device!r} is not available here: {error}; use auto or cpu"
-        ) from error
-    return chosen
-
-
 def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
     """Refuse bfloat16 on a GPU that only emulates it, slower than float32.
 

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 from satdifuser.errors import SettingsError, SourceError
 from satdifuser.extract.backbone import BackboneInfo, LoadedModel
-from satdifuser.extract.device import resolve_device
 from satdifuser.extract.images import COLOUR_STATISTICS
 from satdifuser.extract.layers import select_layers
 from satdifuser.extract.metadata import count_missing
@@ -32,6 +31,7 @@ from satdifuser.extract.settings import (
     image_settings,
 )
 from satdifuser.extract.sources.tile import Source, TileRecord
+from satdifuser.store.device import choose_device
 from satdifuser.store.encoding import decode_formula
 from satdifuser.store.reader import FeatureStore, is_store
 from satdifuser.store.schema import (
@@ -77,7 +77,7 @@ def fix_automatic(job: Job, out: Path, overwrite: bool) -> Job:
     begun = FeatureStore(out).attributes.feature_identity if is_store(out) and not overwrite else {}
     device = job.backbone_settings.device
     if device == "auto":
-        device = str(begun.get("device") or resolve_device("auto"))
+        device = str(begun.get("device") or choose_device("auto", "backbone.device"))
     batch, threads = job.settings.batch_size, job.settings.threads
     if batch == "auto":
         batch = begun.get("batch_size") or default_batch(job.backbone_settings.prompt, device)

@@ -20,7 +20,7 @@ from satdifuser.errors import SettingsError, SourceError
 from satdifuser.extract.backbone import LoadedModel
 from satdifuser.extract.background import Background
 from satdifuser.extract.changes import refuse_changed
-from satdifuser.extract.compute import Shard, Work, compute_shard, without_labels
+from satdifuser.extract.compute import Shard, Work, compute_shard, write_shard
 from satdifuser.extract.cost import ShardCost
 from satdifuser.extract.job import Job, new_attributes
 from satdifuser.extract.loading import load_work
@@ -181,12 +181,9 @@ def keep_labels(asked: Attributes, held: Attributes) -> Attributes:
 def _write(
     writer: StoreWriter, bar: tqdm[NoReturn], shard: int, computed: Shard, note: Mapping[str, Any]
 ) -> None:
-    rows, batches, facts = computed.finish()
-    if writer.attributes.labelled:
-        rows = without_labels(rows)
-    written = writer.write_shard(shard, rows, batches, {**note, **facts})
+    written = write_shard(writer, shard, computed, note)
     bar.set_postfix_str(f"{written / 1e6:.1f} MB a shard")
-    bar.update(len(rows))
+    bar.update(len(computed.rows))
 
 
 def report_skipped(store: FeatureStore) -> None:

@@ -22,9 +22,9 @@ import torch
 from satdifuser.errors import ClusterError, StoreError
 from satdifuser.extract.backbone import LoadedModel, find_backbone
 from satdifuser.extract.background import Background
-from satdifuser.extract.compute import Work, compute_shard, without_labels
+from satdifuser.extract.compute import Work, compute_shard, write_shard
 from satdifuser.extract.cost import ShardCost
-from satdifuser.extract.device import fix_arithmetic, resolve_device
+from satdifuser.extract.device import fix_arithmetic
 from satdifuser.extract.job import Job
 from satdifuser.extract.loading import prepare_work
 from satdifuser.extract.metadata import collect_metadata
@@ -32,6 +32,7 @@ from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.sources import Source, open_source
 from satdifuser.extract.sources.tile import TileRecord
 from satdifuser.extract.value_range import ValueRange
+from satdifuser.store.device import choose_device
 from satdifuser.store.schema import LayerInfo
 from satdifuser.store.writer import StoreWriter
 
@@ -117,7 +118,7 @@ def survey(versions: dict[str, str], asked: str) -> Machine:
     """Say what this worker runs on, for a device that is asked for or ``auto``."""
     check_versions(versions)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(resolve_device(asked).type, cores)
+    return Machine(choose_device(asked, "backbone.device").type, cores)
 
 
 def prepare(order: Order, first: TileRecord) -> tuple[int, LoadedModel]:
@@ -147,12 +148,8 @@ def extract_shard(order: Order, shard: int, records: list[TileRecord]) -> Report
             with _computing, Background("encode") as encoding:
                 cost = ShardCost(work, alone=False)
                 computed = compute_shard(work, begun, len(records), values, encoding, encoding.check)
-        rows, batches, facts = computed.finish()
-        writer = _writer(order)
-        if writer.attributes.labelled:
-            rows = without_labels(rows)
-        note = cost.note() | facts
-        writer.write_shard(shard, rows, batches, note)
+        writer, note = _writer(order), cost.note()
+        write_shard(writer, shard, computed, note)
     return Report(shard, len(records), note["seconds"], worker_name(), values.warning())
 
 

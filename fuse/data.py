@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from satdifuser.errors import RunError, SettingsError
-from satdifuser.fuse.device import choose_device
 from satdifuser.fuse.fusion import FeatureMaps
 from satdifuser.fuse.inputs import Inputs, Statistics, named_inputs
 from satdifuser.fuse.settings import TrainingSettings
 from satdifuser.store.batches import BatchReader
+from satdifuser.store.device import choose_device
 from satdifuser.store.encoding import Floats
 from satdifuser.store.few_labels import Budget, class_presence, draw_labelled
 from satdifuser.store.layout import UNLABELLED
@@ -178,7 +178,9 @@ class TrainingData:
 
     def _load(self, split: str) -> MapLoader:
         rows = labelled(self.store, split, self.settings.partition)
-        return MapLoader(self.store, rows, self.settings, choose_device(self.settings.device), self.inputs)
+        return MapLoader(
+            self.store, rows, self.settings, choose_device(self.settings.device, "fit.device"), self.inputs
+        )
 
 
 def labelled(store: FeatureStore, split: str, partition: str = "auto") -> Indices:

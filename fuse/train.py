@@ -22,13 +22,13 @@ from torch import Tensor
 
 from satdifuser.errors import RunError, SettingsError
 from satdifuser.fuse.data import MapLoader, TrainingData
-from satdifuser.fuse.device import choose_device
 from satdifuser.fuse.fusion import FeatureMaps
 from satdifuser.fuse.grid import Candidate
 from satdifuser.fuse.inputs import Inputs, Statistics, choose_inputs, named_inputs, whole_inputs
 from satdifuser.fuse.network import OURS, Network, Variant, build_network, choose_head, choose_widths
 from satdifuser.fuse.run_folder import Run, load_weights
 from satdifuser.fuse.settings import OF_A_SWEEP, FitSettings, FusionName
+from satdifuser.store.device import choose_device
 from satdifuser.store.few_labels import ALL_LABELS
 from satdifuser.store.place import typical_pixel_size
 from satdifuser.store.reader import FeatureStore
@@ -70,7 +70,7 @@ class Training:
         self.statistics = None if whole is None else self.inputs.statistics_of(data.inputs, whole)
         self.positions = data.training_positions(settings.budget, settings.draw)
         torch.manual_seed(candidate.seed)
-        self.device = choose_device(settings.device)
+        self.device = choose_device(settings.device, "fit.device")
         self.network = new_network(data.store, self.inputs, settings, candidate.fusion).to(self.device)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
@@ -263,7 +263,7 @@ def describe_run(
             "head": head,
             "projection": projection,
             "norm_groups": norm_groups,
-            "device": str(choose_device(settings.device)),
+            "device": str(choose_device(settings.device, "fit.device")),
         },
         "parameters": sum(p.numel() for p in network.parameters()),
         "weights": mixing_weights(inputs, state) if fusion == "global" else None,
@@ -336,7 +336,7 @@ def load_network(run: Run) -> tuple[Network, Statistics | None, FitSettings]:
     state, statistics = load_weights(run)
     network.load_state_dict(state)
     # not the device of the fit: a run made on a GPU is used on machines without one
-    return network.to(choose_device("auto")).eval(), statistics, settings
+    return network.to(choose_device("auto", "fit.device")).eval(), statistics, settings
 
 
 def learning_rate(epoch: float, settings: FitSettings) -> float:

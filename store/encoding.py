@@ -87,8 +87,9 @@ def _quantise(maps: Any, encoding: Encoding) -> dict[str, Any]:
         codes = xp.clip(xp.round(maps / _safe(scale)), -INT8_MAX, INT8_MAX)
         return {"values": xp.astype(codes, xp.int8), "scale": scale}
     if encoding == "int4":
-        low = xp.min(maps, axis=(-2, -1))
-        scale = (xp.max(maps, axis=(-2, -1)) - low) / INT4_STEPS
+        # Libraries differ in which of 0 and -0 is the smaller: + 0 leaves no -0.
+        low, high = (extreme(maps, axis=(-2, -1)) + 0.0 for extreme in (xp.min, xp.max))
+        scale = (high - low) / INT4_STEPS
         codes = xp.clip(xp.round((maps - low[..., None, None]) / _safe(scale)), 0, INT4_STEPS)
         return {"values": pack_pairs(xp.astype(codes, xp.uint8)), "scale": scale, "offset": low}
     values = xp.astype(maps, getattr(xp, FORMS[encoding].dtype))

@@ -5,14 +5,11 @@ Legend: B tiles of a batch, N tiles, T timesteps, L layers of one group, C chann
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +22,7 @@ from satdifuser.store.georeference import Georeference
 from satdifuser.store.layout import SPLITS, TEXT_FIELDS, target_array
 from satdifuser.store.location import Location, location
 from satdifuser.store.metadata import is_store
+from satdifuser.store.reading_threads import read_in_parts
 from satdifuser.store.schema import Hashes, group_layers, labels_hash
 from satdifuser.store.sharded_array import Indices, OpenFiles, Request, ShardedArray
 from satdifuser.store.shards import ShardedStore
@@ -50,8 +48,6 @@ class Batch:
     indices: Indices  # rows in the store
 
 
-SMALL_TILE_BYTES = 2**17  # up to here a second thread waits for Python's lock most of the time
-PART_BYTES = 2**26  # that a thread asks the disk for at once
 Stored = dict[str, dict[str, NDArray[Any]]]
 """Group name to array name (values; scale, offset) to (B, T, L, …), as kept."""
 
@@ -62,44 +58,6 @@ class Selection:
 
     steps: tuple[int, ...]
     layers: Mapping[str, tuple[int, ...]]
-
-
-@cache
-def _second_reader(process: int) -> ThreadPoolExecutor:
-    """The thread that reads beside the caller's; one per process, since a forked one has no threads."""
-    return ThreadPoolExecutor(1, thread_name_prefix="read")
-
-
-def read_in_parts(read: Callable[[slice], None], tiles: int, tile_bytes: int) -> None:
-    """Call a function for parts of a request, in two threads where tiles are large.
-
-    Args:
-        read: Reads some of the tiles.
-        tiles: How many there are.
-        tile_bytes: Of each.
-    """
-    alone = tile_bytes <= SMALL_TILE_BYTES
-    size = max(1, min(tiles if alone else -(-tiles // 2), PART_BYTES // max(1, tile_bytes)))
-    parts = deque(slice(start, start + size) for start in range(0, tiles, size))
-
-    def read_on() -> None:
-        while True:
-            try:
-                part = parts.popleft()
-            except IndexError:  # none is left
-                return
-            read(part)
-
-    if alone:
-        read_on()
-        return
-    beside = _second_reader(os.getpid()).submit(read_on)
-    try:
-        read_on()
-    finally:
-        parts.clear()
-        wait([beside])  # it fills the caller's buffers
-    beside.result()
 
 
 def open_store(path: str | Path) -> FeatureStore:
@@ -147,7 +105,11 @@ class FeatureStore(ShardedStore):
     # --- identity
 
     def hashes(self) -> Hashes:
-        """The three hashes; `labels` reads the targets' digests and partitions."""
+        """The three hashes; `labels` reads the targets' digests and partitions when first asked for."""
+        return self._hashes
+
+    @cached_property
+    def _hashes(self) -> Hashes:
         planned = self.attributes.planned
         order = np.argsort(self._text("tile_id"))
         targets = self._text("target_digest")[order].tolist()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_up import random_store
 
-from satdifuser.evaluate.evaluation import Predictor, new_outcome
+from satdifuser.evaluate.evaluation import StoreNetwork, new_outcome
 from satdifuser.fuse.data import TrainingData, labelled
 from satdifuser.fuse.fit import fit
 from satdifuser.fuse.inputs import choose_inputs
@@ -32,5 +32,5 @@ def test_statistics_keep_their_order_and_predictions_are_those_of_the_training(t
     for group, pair in kept.items():
         for found, expected in zip(pair, known[group], strict=True):
             np.testing.assert_array_equal(found, expected)
-    outcome = Predictor(run, store).predict(labelled(store, "val"))
+    outcome = StoreNetwork(run, store).predict(labelled(store, "val"))
     assert outcome.metrics() == pytest.approx(run.info["history"][0]["val"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numcodecs import BitRound
@@ -65,6 +65,7 @@ def test_decoded_values_stay_within_the_bound_of_their_encoding(
 
 
 @given(MAPS, st.sampled_from(list(FORMS)), st.integers(1, 4))
+@example(np.array([[[0.0, -0.0]]], np.float32), "int4", 1)
 @settings(max_examples=300, deadline=None)
 def test_tensors_are_encoded_to_the_same_bits(
     maps: NDArray[np.float32], encoding: Encoding, pool: int

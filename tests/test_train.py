@@ -13,9 +13,9 @@ from made_up import random_store
 
 from satdifuser.errors import SettingsError
 from satdifuser.fuse.data import MapLoader
-from satdifuser.fuse.device import choose_device
 from satdifuser.fuse.settings import FitSettings
 from satdifuser.fuse.train import learning_rate, loss, mask_size, training_order
+from satdifuser.store.device import choose_device
 from satdifuser.store.schema import LayerInfo
 from satdifuser.store.settings import Encoding
 
@@ -56,7 +56,7 @@ def test_the_learning_rate_warms_up_then_decays() -> None:
 @pytest.mark.parametrize("device", ["abacus", "cuda:99"])
 def test_a_device_that_is_not_there(device: str) -> None:
     with pytest.raises(SettingsError, match=f"fit.device: '{device}' is not available here: "):
-        choose_device(device)
+        choose_device(device, "fit.device")
 
 
 def test_the_loss_of_several_classes_per_tile_is_binary_for_each() -> None:

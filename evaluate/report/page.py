@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from satdifuser.evaluate.chosen import choose_runs
+from satdifuser.evaluate.html import render_page
 from satdifuser.evaluate.probe_folder import PROBE_FILE
 from satdifuser.evaluate.report.chapter import Request, make_chapters
 from satdifuser.evaluate.report.probes import open_probe
@@ -54,14 +52,7 @@ def write_report(
     runs, probes = find_reported(paths)
     request = Request(Stores(stores), layers, command)
     chapters = make_chapters(open_measured(runs), [open_probe(path) for path in probes], request)
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    style, script = (Markup((FOLDER / name).read_text()) for name in ("page.css", "page.js"))
-    page = environment.get_template("page.html.jinja").render(
-        title=title, command=command, chapters=chapters, style=style, script=script
-    )
-    write_durably(out, page.encode())
+    write_durably(out, render_page(FOLDER, "page", title=title, command=command, chapters=chapters))
     return out
 
 

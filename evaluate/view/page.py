@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 
 from satdifuser.errors import SettingsError
+from satdifuser.evaluate.html import render_page
 from satdifuser.evaluate.report.colours import data_uri
 from satdifuser.evaluate.view.canvas import Canvas, lay_out
 from satdifuser.evaluate.view.layers import Choice, Layer, store_layers
@@ -59,20 +58,16 @@ def write_view(
         found = [_laid(canvas, own, place, layer) for layer in found]
         several = f" ({Path(str(place)).name})" if len(places) > 1 else ""
         layers += [replace(layer, name=layer.name + several) for layer in found]
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    style, script = (Markup((FOLDER / name).read_text()) for name in ("view.css", "view.js"))
-    page = environment.get_template("view.html.jinja").render(
+    page = render_page(
+        FOLDER,
+        "view",
         title=", ".join(Path(str(place)).name for place in places),
         layers=[_shown(layer) for layer in layers],
         right=_most_telling(layers),
         command=request.command,
-        style=style,
-        script=script,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(out, page.encode())
+    write_durably(out, page)
     return out
 
 
