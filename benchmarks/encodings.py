@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-import torch
 
 import satdifuser
-from satdifuser.evaluate.evaluation import measure
-from satdifuser.fuse.data import MapLoader, labelled
+from satdifuser.evaluate.evaluation import StoreNetwork
+from satdifuser.fuse.data import labelled
 from satdifuser.fuse.run_folder import Run
-from satdifuser.fuse.train import load_network, predict
 from satdifuser.store.copy import copy_store
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.settings import Encoding, StoreSettings
@@ -120,10 +118,8 @@ def test_score(run: Run) -> float:
 
 def tested(run: Run, store: FeatureStore) -> float:
     """The score of a network on the test tiles of another store, whose features are encoded otherwise."""
-    network, standard, settings = load_network(run)
-    loader = MapLoader(store, labelled(store, "test", run.partition), settings, torch.device("cpu"))
-    metrics = measure(store, predict(network, loader, settings, standard))
-    return metrics[HEADLINE[run.info["task"]]]
+    rows = labelled(store, "test", run.partition)
+    return float(StoreNetwork(run, store).predict(rows).metrics()[HEADLINE[run.info["task"]]])
 
 
 if __name__ == "__main__":

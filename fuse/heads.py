@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from satdifuser.fuse.fusion import FeatureMaps
+
 POOL_SIZES = (1, 2, 3, 6)
 """Grids of the pyramid pooling; the released code uses as many of them as there are scales."""
 
@@ -42,6 +44,38 @@ class LinearHead(nn.Module):
             (B, classes) float32.
         """
         logits: Tensor = self.decoder_head(torch.stack(resize_to_finest(fused)).sum(0))
+        return logits
+
+
+class PooledShortcut(nn.Module):
+    """Adds to the logits of a head a linear layer from the spatial means of the maps before their fusion.
+
+    Group norms take each tile's level and contrast away and fusion keeps P channels: the means still hold
+    both. Wide and deep learning (Cheng et al., 2016, arXiv 1606.07792). It starts at zero.
+
+    Args:
+        channels: Width of every map, over timesteps, layers and scales.
+        classes: Number of classes.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels, affine=False)
+        self.linear = nn.Linear(channels, classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, maps: FeatureMaps) -> Tensor:
+        """What to add to the logits of tiles.
+
+        Args:
+            maps: Stride -> one (B, T, C, H, W) float32 tensor per layer.
+
+        Returns:
+            (B, classes) float32.
+        """
+        pooled = [x.mean((-2, -1)).flatten(1) for stride in sorted(maps) for x in maps[stride]]
+        logits: Tensor = self.linear(self.norm(torch.cat(pooled, dim=1)))
         return logits
 
 

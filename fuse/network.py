@@ -20,15 +20,15 @@ from satdifuser.fuse.fusion import (
     LocalizedFusion,
     MoEFusion,
 )
-from satdifuser.fuse.heads import LinearHead, PixelHead, UPerNetHead, resize
+from satdifuser.fuse.heads import LinearHead, PixelHead, PooledShortcut, UPerNetHead, resize
 from satdifuser.fuse.settings import FitSettings, FusionName, HeadName, Task
 
 WIDE_LAYER = 320
 """A backbone with layers at least this wide is of Stable Diffusion's size."""
 
 HEADS: dict[Task, tuple[HeadName, ...]] = {
-    "classification": ("linear",),
-    "multilabel": ("linear",),
+    "classification": ("linear", "shortcut"),
+    "multilabel": ("linear", "shortcut"),
     "segmentation": ("upernet", "linear"),
 }
 """The heads that fit a task; `auto` is the first."""
@@ -52,11 +52,12 @@ class Network(nn.Module):
     Args:
         fusion: Feature maps -> fused maps and weights to look at.
         head: Fused maps -> logits.
+        shortcut: Feature maps -> what is added to the logits, if anything.
     """
 
-    def __init__(self, fusion: nn.Module, head: nn.Module) -> None:
+    def __init__(self, fusion: nn.Module, head: nn.Module, shortcut: PooledShortcut | None = None) -> None:
         super().__init__()
-        self.fusion, self.head = fusion, head
+        self.fusion, self.head, self.shortcut = fusion, head, shortcut
 
     def forward(
         self, maps: FeatureMaps, output_size: tuple[int, int] | None = None
@@ -75,6 +76,8 @@ class Network(nn.Module):
         """
         fused, weights = self.fusion(maps)
         logits: Tensor = self.head(fused)
+        if self.shortcut is not None:
+            logits = logits + self.shortcut(maps)
         return (logits if output_size is None else resize(logits, output_size)), weights
 
     def load_reference(self, state: Mapping[str, Tensor]) -> None:
@@ -111,9 +114,11 @@ def build_network(
         SettingsError: If the head does not fit the task, or the norm groups the projection.
     """
     projection, norm_groups = choose_widths(channels, settings)
+    pooled = timesteps * sum(sum(widths) for widths in channels.values())
     return Network(
         build_fusion(fusion, channels, timesteps, projection, norm_groups, settings, variant),
         build_head(task, projection, len(channels), classes, settings, variant),
+        PooledShortcut(pooled, classes) if choose_head(task, settings) == "shortcut" else None,
     )
 
 

@@ -21,7 +21,7 @@ from satdifuser.store.few_labels import Budget, parse_budgets
 from satdifuser.store.settings import Settings
 
 FusionName = Literal["single", "concatenation", "global", "localized", "moe"]
-HeadName = Literal["linear", "upernet"]
+HeadName = Literal["linear", "shortcut", "upernet"]
 Task = Literal["classification", "multilabel", "segmentation"]
 Head = HeadName | Literal["auto"]
 Timesteps = Annotated[list[NonNegativeInt], Field(min_length=1)] | Literal["all"]

@@ -334,7 +334,8 @@ class FeatureStore(ShardedStore):
             Group name to array name (values; scale, offset) to (B, T, L, …).
         """
         chosen = selection or self._everything
-        self.require_shards((rows // self.attributes.tiles_per_shard).tolist())
+        if not self._is_whole:
+            self.require_shards((rows // self.attributes.tiles_per_shard).tolist())
         steps, per_tile = chosen.steps, self.stored_bytes_per_tile(chosen)
         wanted = [
             (group, name, array, layers)
@@ -377,6 +378,11 @@ class FeatureStore(ShardedStore):
         for group, position, _ in self.layer_positions(layers):
             positions.setdefault(group, []).append(position)
         return Selection(tuple(steps), {g: tuple(positions[g]) for g in self.groups if g in positions})
+
+    @cached_property
+    def _is_whole(self) -> bool:
+        """Whether no shard is missing or lacks a file, so that nothing need be asked for each request."""
+        return not self.file_problems and not self.missing_shards()
 
     @cached_property
     def _everything(self) -> Selection:

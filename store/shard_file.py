@@ -35,7 +35,16 @@ class NotInMemoryError(Exception):
 
 
 class DamagedShardError(ValueError):
-    """A shard file is not what its index or its checksums say."""
+    """A shard file is not what its index or its checksums say.
+
+    Args:
+        problem: What is wrong.
+        origin: Of the chunk, as it was given to `Unchecked`, where another one than the last may be meant.
+    """
+
+    def __init__(self, problem: str, origin: Any = None) -> None:
+        super().__init__(problem)
+        self.origin = origin
 
 
 def pack_shard(chunks: Iterable[Bytes], places: int, itemsize: int = 0) -> list[bytes | memoryview]:
@@ -73,28 +82,62 @@ def _checksum(data: bytes | Bytes) -> bytes:
     return struct.pack("<I", crc32c(data))
 
 
-class Checksums:
-    """Room for the recorded checksums of a request; for one thread.
+class Unchecked:
+    """Chunks that were read, and are checked a few at a time, while the cache still holds them.
+
+    For one thread.
 
     Args:
-        chunks: How many of them at most.
+        chunk_bytes: Raw bytes of a chunk.
+        chunks: How many are read in all.
     """
 
-    def __init__(self, chunks: int) -> None:
-        recorded = np.empty((chunks, CHECKSUM_BYTES), np.uint8)
-        self._numbers = recorded.view("<u4")[:, 0]
-        self._buffers: list[Any] = [None, None] * chunks
-        self._buffers[1::2] = list(recorded)
+    def __init__(self, chunk_bytes: int, chunks: int) -> None:
+        self.at_once = chunks_at_once(chunk_bytes)
+        recorded = np.empty((min(2 * self.at_once, chunks), CHECKSUM_BYTES), np.uint8)
+        self._numbers, self._recorded = recorded.view("<u4")[:, 0], list(recorded)
+        self._chunks: list[Bytes] = []
+        self._origins: list[Any] = []
 
-    def behind(self, chunks: list[Bytes]) -> list[Any]:
-        """What to fill with successive chunks of a file and the checksum behind each."""
-        self._buffers[: 2 * len(chunks) : 2] = chunks
-        return self._buffers if 2 * len(chunks) == len(self._buffers) else self._buffers[: 2 * len(chunks)]
+    def behind(self, chunks: list[Bytes]) -> list[Bytes]:
+        """What to fill with successive chunks of a file, at most `at_once`, and the checksum behind each."""
+        first = len(self._chunks)
+        if len(chunks) == 1:
+            return [chunks[0], self._recorded[first]]
+        recorded = self._recorded[first : first + len(chunks)]
+        return [part for pair in zip(chunks, recorded, strict=True) for part in pair]
 
-    def match(self, chunks: list[Bytes]) -> bool:
-        """Whether these chunks are what their checksums say."""
-        found: list[int] = self._numbers[: len(chunks)].tolist()
-        return list(map(crc32c, chunks)) == found
+    def add(self, chunks: list[Bytes], origin: Any) -> None:
+        """Take in chunks that were read with `behind`.
+
+        Args:
+            chunks: The chunks.
+            origin: Where they come from, for the error.
+
+        Raises:
+            DamagedShardError: see `check`.
+        """
+        self._chunks += chunks
+        self._origins += [origin] * len(chunks)
+        if len(self._chunks) >= self.at_once:
+            self.check()
+
+    def check(self) -> None:
+        """Compare all that were added, and let go of them.
+
+        Raises:
+            DamagedShardError: one differs from its checksum.
+        """
+        found, recorded = list(map(crc32c, self._chunks)), self._numbers[: len(self._chunks)].tolist()
+        origins, self._chunks, self._origins = self._origins, [], []
+        if found != recorded:
+            wrong = next(o for o, a, b in zip(origins, found, recorded, strict=True) if a != b)
+            raise DamagedShardError("the checksum of a chunk is wrong", wrong)
+
+
+def chunks_at_once(chunk_bytes: int) -> int:
+    """How many successive chunks are read by one request, and checked while the cache holds them."""
+    return max(1, min(MAX_BUFFERS // 2, CACHED_BYTES // (chunk_bytes + CHECKSUM_BYTES)))
 
 
 class ShardFile:
@@ -116,11 +159,10 @@ class ShardFile:
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)  # once nobody reads any more
         self._offsets, self._sizes = self._read_index(places)
-        unit = chunk_bytes + CHECKSUM_BYTES
+        self._unit = unit = chunk_bytes + CHECKSUM_BYTES
         present = self._sizes.count(unit)
         in_order = list(range(0, present * unit, unit))
         self._ordered = present if not compressed and self._offsets[:present] == in_order else 0
-        self._per_request = max(1, min(MAX_BUFFERS // 2, CACHED_BYTES // unit))
 
     def _read_index(self, places: int) -> tuple[list[int], list[int]]:
         """Offset and size of every chunk; 0 and 0 of one that is absent."""
@@ -142,25 +184,33 @@ class ShardFile:
         offsets, sizes = np.where(present[:, None], index, 0).T
         return offsets.tolist(), sizes.tolist()
 
-    def read(self, first: int, chunks: list[Bytes], room: Checksums, wait: bool = True) -> bool:
-        """Read successive chunks, and check each.
+    def read(
+        self, first: int, chunks: list[Bytes], unchecked: Unchecked, origin: Any, wait: bool = True
+    ) -> bool:
+        """Read successive chunks; those that are not compressed are yet to be checked.
 
         Args:
             first: Number of the first chunk.
-            chunks: Where each goes: (chunk_bytes,) uint8.
-            room: For the checksums of as many chunks or more.
+            chunks: Where each goes: (chunk_bytes,) uint8; at most as many as `unchecked` takes at once.
+            unchecked: Takes them in.
+            origin: What they are, for its error.
             wait: Whether to wait for the disk; if not, and they are not all in memory, let it begin.
 
         Returns:
             Whether they were read.
 
         Raises:
-            DamagedShardError: a chunk is absent, or differs from its checksum, or the file ends early.
+            DamagedShardError: a chunk is absent, or the file ends early; or see `Unchecked.add`.
         """
+        flags, count = 0 if wait else WITHOUT_WAITING, len(chunks)
         try:
-            self._read_chunks(first, chunks, room, 0 if wait else WITHOUT_WAITING)
+            if first + count <= self._ordered:  # as this package writes them
+                self._fill(first * self._unit, count * self._unit, unchecked.behind(chunks), flags)
+                unchecked.add(chunks, origin)
+            else:
+                self._read_each(first, chunks, flags)
         except NotInMemoryError:
-            self._announce(first, len(chunks))
+            self._announce(first, count)
             return False
         return True
 
@@ -170,24 +220,34 @@ class ShardFile:
         length = self._offsets[last] + self._sizes[last] - start
         os.posix_fadvise(self._descriptor, start, max(0, length), os.POSIX_FADV_WILLNEED)
 
-    def _read_chunks(self, first: int, chunks: list[Bytes], room: Checksums, flags: int) -> None:
-        if first + len(chunks) <= self._ordered:  # as this package writes them
-            each = self._per_request
-            for start in range(0, len(chunks), each):
-                part = chunks[start : start + each] if len(chunks) > each else chunks
-                self._read_raw(self._offsets[first + start], part, room, flags)
-            return
+    def _read_each(self, first: int, chunks: list[Bytes], flags: int) -> None:
+        """Read and check successive chunks, wherever each lies."""
+        recorded = np.empty(CHECKSUM_BYTES, np.uint8)
         for number, chunk in enumerate(chunks, first):
-            if not self._sizes[number]:
+            offset, size = self._offsets[number], self._sizes[number] - CHECKSUM_BYTES
+            if size < 0:
                 raise DamagedShardError(f"chunk {number} is absent")
+            body = self._room_for_packed(offset, size) if self.compressed else chunk
+            self._fill(offset, self._sizes[number], [body, recorded], flags)
+            if _checksum(body) != recorded.tobytes():
+                raise DamagedShardError(f"the checksum of the chunk at byte {offset} is wrong")
             if self.compressed:
-                self._read_compressed(self._offsets[number], self._sizes[number], chunk, room, flags)
-            else:
-                self._read_raw(self._offsets[number], [chunk], room, flags)
+                self._inflate(offset, body, chunk)
 
-    def _read_raw(self, offset: int, chunks: list[Bytes], room: Checksums, flags: int) -> None:
-        """Read chunks of one size that follow one another in the file."""
-        buffers, wanted = room.behind(chunks), len(chunks) * (len(chunks[0]) + CHECKSUM_BYTES)
+    def _room_for_packed(self, offset: int, size: int) -> Bytes:
+        if not BLOSC_OVERHEAD <= size <= self.chunk_bytes + BLOSC_OVERHEAD:
+            raise DamagedShardError(f"the chunk at byte {offset} cannot be of {size + CHECKSUM_BYTES} bytes")
+        return np.empty(size, np.uint8)
+
+    def _inflate(self, offset: int, packed: Bytes, chunk: Bytes) -> None:
+        if int(packed[4:8].view("<u4")[0]) != self.chunk_bytes:
+            raise DamagedShardError(
+                f"the chunk at byte {offset} does not inflate to {self.chunk_bytes} bytes"
+            )
+        blosc.decompress(packed, chunk)
+
+    def _fill(self, offset: int, wanted: int, buffers: list[Bytes], flags: int) -> None:
+        """Fill buffers, of so many bytes in all, which follow one another in the file."""
         try:
             got = os.preadv(self._descriptor, buffers, offset, flags)
         except OSError as error:
@@ -195,22 +255,9 @@ class ShardFile:
                 raise NotInMemoryError from error
             raise
         if got < wanted:
-            self._read_rest(offset, buffers, got, wanted, flags)
-        if not room.match(chunks):
-            raise DamagedShardError(f"the checksum of a chunk at byte {offset} or after is wrong")
+            self._fill_rest(offset, buffers, got, wanted, flags)
 
-    def _read_compressed(self, offset: int, size: int, chunk: Bytes, room: Checksums, flags: int) -> None:
-        if not BLOSC_OVERHEAD <= size - CHECKSUM_BYTES <= self.chunk_bytes + BLOSC_OVERHEAD:
-            raise DamagedShardError(f"the chunk at byte {offset} cannot be of {size} bytes")
-        packed = np.empty(size - CHECKSUM_BYTES, np.uint8)
-        self._read_raw(offset, [packed], room, flags)
-        if int(packed[4:8].view("<u4")[0]) != self.chunk_bytes:
-            raise DamagedShardError(
-                f"the chunk at byte {offset} does not inflate to {self.chunk_bytes} bytes"
-            )
-        blosc.decompress(packed, chunk)
-
-    def _read_rest(self, offset: int, buffers: list[Any], got: int, wanted: int, flags: int) -> None:
+    def _fill_rest(self, offset: int, buffers: list[Bytes], got: int, wanted: int, flags: int) -> None:
         """Go on after a signal, or where one request could not carry all."""
         if flags:
             raise NotInMemoryError
@@ -221,7 +268,7 @@ class ShardFile:
             got += more
 
 
-def _after(buffers: list[Any], done: int) -> list[Any]:
+def _after(buffers: list[Bytes], done: int) -> list[Bytes]:
     """The part of some buffers behind their first `done` bytes."""
     rest = []
     for buffer in buffers:

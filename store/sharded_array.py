@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satdifuser.errors import StoreError
-from satdifuser.store.shard_file import Bytes, Checksums, DamagedShardError, ShardFile
+from satdifuser.store.shard_file import DamagedShardError, ShardFile, Unchecked
 
 if TYPE_CHECKING:
     from satdifuser.store.shards import ShardedStore
@@ -35,10 +35,8 @@ class OpenFiles:
         self._limit = max(1, min(allowed, MOST_DESCRIPTORS) // SHARE_OF_DESCRIPTORS)
         self._files: dict[FileKey, ShardFile] = {}
         self._lock = Lock()
-
-    def get(self, key: FileKey) -> ShardFile | None:
+        self.get = self._files.get
         """The file of a key, if it is open."""
-        return self._files.get(key)
 
     def add(self, key: FileKey, file: ShardFile) -> None:
         """Keep a file open."""
@@ -111,19 +109,21 @@ class Request:
         layers: Sequence[int],
         out: NDArray[Any],
     ) -> None:
-        self.array, self.layers, self.stretches = array, layers, runs(layers)
+        self.array, self.layers = array, layers
         self.everything = list(layers) == list(range(array.shape[2]))
-        self.checksums = Checksums(max(1, len(layers)))
-        # a row for each timestep of each tile
-        self._rows = out.view(np.uint8).reshape(len(rows) * len(steps), len(layers), array.bytes_per_layer)
-        self._pending = self._parts(rows, steps)
+        self.unchecked = Unchecked(array.chunk_bytes, len(rows) * len(steps) * len(layers))
+        self._stretches = [(layers[a], a, b) for a, b in runs(layers, self.unchecked.at_once)]
+        self._whole = array.layers_per_chunk > 1
+        size = array.bytes_per_layer * (len(layers) if self._whole else 1)
+        self._chunks = list(out.view(np.uint8).reshape(-1, size))
+        self._pending = self._parts(rows.tolist(), steps)
 
-    def _parts(self, rows: Indices, steps: Sequence[int]) -> list[Part]:
+    def _parts(self, rows: list[int], steps: Sequence[int]) -> list[Part]:
         """What to read, in the order in which it lies in the files."""
-        shards, places = (part.tolist() for part in np.divmod(rows, self.array.tiles_per_shard))
-        order = np.argsort(rows, kind="stable").tolist()
+        each = self.array.tiles_per_shard
+        order = sorted(range(len(rows)), key=rows.__getitem__)
         return [
-            (shards[i], step, places[i], i * len(steps) + number)
+            (rows[i] // each, step, rows[i] % each, i * len(steps) + number)
             for number, step in enumerate(steps)
             for i in order
         ]
@@ -142,44 +142,60 @@ class Request:
         Raises:
             StoreError: a file is damaged or cannot be read.
         """
-        self._pending = self._read_pending(wait=True)
+        if self._pending:
+            self._pending = self._read_pending(wait=True)
 
     def _read_pending(self, wait: bool) -> list[Part]:
         """Read timesteps of tiles; return those that are not in memory, and not to be waited for."""
-        array, chunks, left = self.array, self.array.chunks_per_tile, []
-        read = self._read_whole if array.layers_per_chunk > 1 else self._read_layers
-        for part in self._pending:
-            shard, step, place, row = part
-            try:
-                if not read(array.file(shard, step), place * chunks, self._rows[row], wait):
+        array, left = self.array, []
+        read = self._read_whole if self._whole else self._read_layers
+        part = None
+        try:
+            for part in self._pending:
+                if not read(array.file(part[0], part[1]), part, wait):
                     left.append(part)
-            except (DamagedShardError, OSError, RuntimeError) as error:  # blosc raises RuntimeError
-                tile, path = shard * array.tiles_per_shard + place, array.store.path
-                raise StoreError(
-                    f"{path}: {array.key}, tile {tile}: cannot be read ({error}); `satdifuser store verify "
-                    f"--deep {path}` names the damaged files and how to mend it"
-                ) from error
+            self.unchecked.check()
+        except (DamagedShardError, OSError, RuntimeError) as error:  # blosc raises RuntimeError
+            shard, _, place, _ = getattr(error, "origin", None) or part
+            tile, path = shard * array.tiles_per_shard + place, array.store.path
+            raise StoreError(
+                f"{path}: {array.key}, tile {tile}: cannot be read ({error}); `satdifuser store verify "
+                f"--deep {path}` names the damaged files and how to mend it"
+            ) from error
         return left
 
-    def _read_layers(self, file: ShardFile, first: int, out: Bytes, wait: bool) -> bool:
+    def _read_layers(self, file: ShardFile, part: Part, wait: bool) -> bool:
         """Read the chunks of the layers wanted."""
-        done = True
-        for start, stop in self.stretches:
-            done &= file.read(first + self.layers[start], list(out[start:stop]), self.checksums, wait)
+        first, out, done = part[2] * self.array.chunks_per_tile, part[3] * len(self.layers), True
+        for layer, start, stop in self._stretches:
+            chunks = self._chunks[out + start : out + stop]
+            done &= file.read(first + layer, chunks, self.unchecked, part, wait)
         return done
 
-    def _read_whole(self, file: ShardFile, first: int, out: Bytes, wait: bool) -> bool:
+    def _read_whole(self, file: ShardFile, part: Part, wait: bool) -> bool:
         """Read the one chunk that holds all layers of a tile, and keep those wanted."""
+        _, _, place, row = part
         if self.everything:
-            return file.read(first, [out.reshape(-1)], self.checksums, wait)
+            return file.read(place, [self._chunks[row]], self.unchecked, part, wait)
         whole = np.empty(self.array.chunk_bytes, np.uint8)
-        done = file.read(first, [whole], self.checksums, wait)
+        done = file.read(place, [whole], self.unchecked, part, wait)
         if done:
-            out[:] = whole.reshape(-1, self.array.bytes_per_layer)[list(self.layers)]
+            by_layer = whole.reshape(-1, self.array.bytes_per_layer)
+            self._chunks[row].reshape(-1, self.array.bytes_per_layer)[:] = by_layer[list(self.layers)]
         return done
 
 
-def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Where a sequence of whole numbers can be cut into stretches that count up by one: (start, stop)."""
-    cuts = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
-    return list(zip([0, *cuts], [*cuts, len(numbers)], strict=True))
+def runs(numbers: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Where a sequence of whole numbers can be cut into stretches that count up by one: (start, stop).
+
+    Args:
+        numbers: The sequence.
+        most: How many numbers a stretch holds at most.
+    """
+    found = []
+    start = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1 or i - start == most:
+            found.append((start, i))
+            start = i
+    return found

@@ -137,7 +137,7 @@ def test_a_seed_fixes_the_initial_network() -> None:
 
 @pytest.mark.parametrize("task", ["classification", "multilabel"])
 def test_a_head_that_does_not_fit_the_task_is_refused(task: Any) -> None:
-    message = f"head is upernet, but {task} needs linear: set head to linear or auto"
+    message = f"head is upernet, but {task} needs linear or shortcut: set head to linear or shortcut or auto"
     with pytest.raises(SettingsError, match=message):
         build_network("global", CHANNELS, 3, 4, task, FitSettings(head="upernet"))
 
@@ -151,6 +151,22 @@ def test_the_linear_head_of_masks_is_the_same_layer_at_every_pixel() -> None:
     summed = resize_to_finest(fused)[0] + resize_to_finest(fused)[1]
     by_hand = summed[0, :, 1, 3] @ network.head.conv_seg.weight[:, :, 0, 0].T + network.head.conv_seg.bias
     torch.testing.assert_close(network(maps)[0][0, :, 1, 3], by_hand)
+
+
+def test_the_shortcut_adds_a_linear_layer_of_the_pooled_maps_and_starts_at_nothing() -> None:
+    torch.manual_seed(0)
+    plain = build_network("global", CHANNELS, 3, 4, "classification", FitSettings())
+    network = build_network("global", CHANNELS, 3, 4, "classification", FitSettings(head="shortcut"))
+    assert network.shortcut is not None and plain.shortcut is None
+    network.load_state_dict(plain.state_dict(), strict=False)
+    maps, pooled = make_maps(), network.shortcut
+    torch.testing.assert_close(network(maps)[0], plain(maps)[0])
+    nn.init.normal_(pooled.linear.weight)
+    means = torch.cat([x.mean((3, 4)).flatten(1) for stride in (8, 16) for x in maps[stride]], dim=1)
+    expected = plain(maps)[0] + pooled.linear(pooled.norm.eval()(means))
+    torch.testing.assert_close(network(maps)[0], expected)
+    network(maps)[0].sum().backward()
+    assert parameters_without_gradient(network.shortcut) == []
 
 
 def test_norm_groups_that_do_not_fit_the_automatic_projection_are_refused() -> None:

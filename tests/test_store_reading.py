@@ -24,7 +24,7 @@ from satdifuser.store.batches import BatchReader, read_ahead
 from satdifuser.store.encoding import FORMS
 from satdifuser.store.reader import FeatureStore, Stored
 from satdifuser.store.schema import LayerInfo
-from satdifuser.store.shard_file import Checksums, DamagedShardError, ShardFile, pack_shard
+from satdifuser.store.shard_file import DamagedShardError, ShardFile, Unchecked, pack_shard
 from satdifuser.store.sharded_array import runs
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
@@ -55,7 +55,9 @@ def chunks(count: int, size: int, seed: int = 0) -> NDArray[np.uint8]:
 
 def read_all(path: Path, places: int, size: int, count: int, compressed: bool = False) -> NDArray[np.uint8]:
     found = np.empty((count, size), np.uint8)
-    ShardFile(path, places, size, compressed).read(0, list(found), Checksums(count))
+    unchecked = Unchecked(size, count)
+    ShardFile(path, places, size, compressed).read(0, list(found), unchecked, "here")
+    unchecked.check()
     return found
 
 
@@ -169,8 +171,10 @@ def open_files() -> int:
 
 
 def test_cutting_into_runs() -> None:
-    assert runs([0, 1, 2, 5, 6, 4]) == [(0, 3), (3, 5), (5, 6)]
-    assert runs([3]) == [(0, 1)]
+    assert runs([0, 1, 2, 5, 6, 4], most=9) == [(0, 3), (3, 5), (5, 6)]
+    assert runs([0, 1, 2, 3, 4, 6], most=2) == [(0, 2), (2, 4), (4, 5), (5, 6)]
+    assert runs([3], most=1) == [(0, 1)]
+    assert runs([], most=1) == []
 
 
 # --- batches
