@@ -21,9 +21,9 @@ from satdifuser.errors import LabelError
 from satdifuser.labels.settings import AnySplit, RandomSplit, SpatialBlocks, SpatialFolds
 from satdifuser.labels.splits import USED_SPLITS, Split, draw_splits, splits_of_shares
 from satdifuser.store.georeference import Georeference
+from satdifuser.store.place import EARTH_RADIUS
 from satdifuser.store.schema import DEFAULT_PARTITION
 
-EARTH_RADIUS = 6_371_007.0  # m, of the sphere with the area of the earth
 SEAM = 1e-5  # of a tile's side: neighbours share an edge, and rounding must not make an overlap of it
 Splits = NDArray[np.str_]  # (N,)
 

@@ -12,6 +12,7 @@ from rasterio.warp import transform
 from satdifuser.store.georeference import Georeference
 from satdifuser.store.reader import FeatureStore
 
+EARTH_RADIUS = 6_371_007.0  # m, of the sphere with the area of the earth
 SAMPLED_TILES = 64
 EDGE_POINTS = 20  # along each edge of a raster, whose edges may be curves in longitude and latitude
 

@@ -157,7 +157,8 @@ def test_the_shortcut_adds_a_linear_layer_of_the_pooled_maps_and_starts_at_nothi
     torch.manual_seed(0)
     plain = build_network("global", CHANNELS, 3, 4, "classification", FitSettings())
     network = build_network("global", CHANNELS, 3, 4, "classification", FitSettings(head="shortcut"))
-    assert network.shortcut is not None and plain.shortcut is None
+    assert network.shortcut is not None
+    assert plain.shortcut is None
     network.load_state_dict(plain.state_dict(), strict=False)
     maps, pooled = make_maps(), network.shortcut
     torch.testing.assert_close(network(maps)[0], plain(maps)[0])

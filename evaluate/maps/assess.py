@@ -30,10 +30,10 @@ from satdifuser.labels.label_file import LabelFile, Tally, explain_miss, open_la
 from satdifuser.labels.settings import LabelSettings
 from satdifuser.store.georeference import Georeference, georeference_of, open_raster
 from satdifuser.store.location import Location
+from satdifuser.store.place import EARTH_RADIUS
 from satdifuser.store.reader import open_store
 
 BLOCK = 1024  # px a side, read at once
-EARTH_RADIUS = 6_371_007.0  # m, of the sphere with the area of the earth
 HECTARE = 1e4  # m²
 WEB_MERCATOR = 3857
 
