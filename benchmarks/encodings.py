@@ -47,7 +47,7 @@ def main() -> None:
         errors = layer_errors(original, store)
         runs = [trained(store, seed, args) for seed in range(args.seeds)]
         exact = exact or runs
-        scores, own = [test_score(run) for run in runs], [test_score(run) for run in exact]
+        scores, own = [tested(run, store) for run in runs], [tested(run, original) for run in exact]
         changes = [tested(run, store) - score for run, score in zip(exact, own, strict=True)]
         mean = statistics.mean(scores)
         print(
@@ -112,12 +112,8 @@ def trained(store: FeatureStore, seed: int, args: argparse.Namespace) -> Run:
     return satdifuser.fit(store, seed=seed, out=out, **how)
 
 
-def test_score(run: Run) -> float:
-    return float(run.metrics["test"][HEADLINE[run.info["task"]]])
-
-
 def tested(run: Run, store: FeatureStore) -> float:
-    """The score of a network on the test tiles of another store, whose features are encoded otherwise."""
+    """The score of a network on the test tiles of a store, which may not be the one it was fitted on."""
     rows = labelled(store, "test", run.partition)
     return float(StoreNetwork(run, store).predict(rows).metrics()[HEADLINE[run.info["task"]]])
 
