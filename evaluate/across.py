@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -99,7 +98,7 @@ def name_datasets(runs: Sequence[Run]) -> list[str]:
 
 
 def name_models(runs: Sequence[Run]) -> list[str]:
-    """Each run's model: its fusion, and noising, backbone and number of labels where the runs differ in them."""
+    """Each run's model: fusion, and noising, backbone and number of labels where the runs differ in them."""
     parts = []
     for run in runs:
         stages = read_settings(run)

@@ -66,8 +66,8 @@ class WandbLog:
             )
         except wandb.Error as error:
             raise RunError(
-                f"fit.log: wandb cannot begin a run: {error}; log in with `wandb login`, keep the log on this "
-                "machine with WANDB_MODE=offline, or set fit.log=none"
+                f"fit.log: wandb cannot begin a run: {error}; log in with `wandb login`, keep the log on "
+                "this machine with WANDB_MODE=offline, or set fit.log=none"
             ) from error
 
     def write(self, epoch: int, values: dict[str, float]) -> None:

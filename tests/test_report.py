@@ -255,6 +255,7 @@ def test_runs_of_other_labels_have_a_chapter_of_their_own(tmp_path: Path) -> Non
     assert re.findall(r"<h2 id=\"c\d\">(.+)</h2>", page.source) == [
         "features, labels l1",
         "features, labels other",
+        "Across data sets",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Figures that compare fits: how sure the difference to the chosen one is, and models over several data sets."""
+"""Figures that compare fits: how far the chosen one is ahead, and models over several data sets."""
 
 from __future__ import annotations
 
