@@ -6,7 +6,7 @@ metrics on val. What an interrupted training had behind it is written again, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,7 +77,7 @@ class WandbLog:
         self.run.finish()
 
 
-LOGS = {"tensorboard": TensorBoardLog, "wandb": WandbLog}
+LOGS: dict[str, Callable[[Training, Path], Log]] = {"tensorboard": TensorBoardLog, "wandb": WandbLog}
 
 
 def check_log(kind: LogName) -> None:

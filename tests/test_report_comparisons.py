@@ -12,7 +12,7 @@ import yaml
 from made_up_report import TILES, Page, fake_run
 
 from satdifuser.evaluate.across import across_datasets
-from satdifuser.evaluate.comparison import compare_runs
+from satdifuser.evaluate.comparison import compare_fits
 from satdifuser.evaluate.report.comparisons import differences_figure
 from satdifuser.evaluate.report.page import write_report
 from satdifuser.evaluate.results import group_seeds
@@ -31,29 +31,31 @@ def test_the_chosen_run_is_compared_with_every_other(tmp_path: Path) -> None:
     assert figure.data is not None
     assert figure.data["against"].tolist() == ["global", "colour"]  # a baseline is never chosen
     for row, other in zip(figure.data.to_dict("records"), runs[1:], strict=True):
-        found = compare_runs([runs[0], other], None, EvaluateSettings())
+        found = compare_fits([open_run(runs[0])], [open_run(other)], EvaluateSettings())
         accuracy, test = found["metrics"]["accuracy"], found["mcnemar"]
         assert [row[name] for name in ("difference", "ahead")] == [accuracy["difference"], accuracy["ahead"]]
         assert [row["low"], row["high"]] == accuracy["interval"]
         assert [row[name] for name in ("chosen", "other", "p")] == list(test.values())
     assert figure.command.splitlines()[1] == f"satdifuser evaluate --compare {runs[0]} {runs[2]}"
     page = Page(write_report(runs, tmp_path / "r.html", "satdifuser report x"))
-    cells = re.search(r"McNemar p\s+global\s+(\S+)\s+(\S+ to \S+)\s+(\S+)% of draws", page.words)
+    number = r"([+-]\d\.\d{3})"
+    cells = re.search(rf"McNemar p\s*global{number}{number} to {number}([\d.]+)% of draws", page.words)
     assert cells
     first = figure.data.iloc[0]
-    assert cells[1] == f"{first['difference']:+.3f}"
-    assert float(cells[3]) == pytest.approx(100 * first["ahead"], abs=0.05)
+    assert list(cells.groups()[:3]) == [f"{first[name]:+.3f}" for name in ("difference", "low", "high")]
+    assert float(cells[4]) == pytest.approx(100 * first["ahead"], abs=0.05)
     assert f"on the {TILES} tiles of test" in page.words
 
 
 def test_seeds_are_compared_by_their_mean_and_named_together(tmp_path: Path) -> None:
     names = [(fusion, seed) for fusion in ("moe", "global") for seed in (0, 1)]
     runs = [fake_run(tmp_path / f"{fusion}-seed{s}", fusion=fusion, seed=s) for fusion, s in names]
-    figure = differences_figure(group_seeds([open_run(run) for run in runs]), "")
+    groups = group_seeds([open_run(run) for run in runs])
+    figure = differences_figure(groups, "")
     assert figure.command == f"satdifuser evaluate --compare {tmp_path}/moe {tmp_path}/global"
     assert figure.data is not None
     assert figure.data["p"].isna().all()  # McNemar's test is of single runs
-    found = compare_runs([tmp_path / "moe", tmp_path / "global"], None, EvaluateSettings())
+    found = compare_fits(*groups, EvaluateSettings())
     assert figure.data["difference"].tolist() == [found["metrics"]["accuracy"]["difference"]]
 
 
@@ -63,7 +65,7 @@ def test_masks_are_compared_tile_by_tile(tmp_path: Path) -> None:
         for seed, (fusion, skill) in enumerate((("moe", 0.9), ("global", 0.5)))
     ]
     page = Page(write_report(runs, tmp_path / "r.html", "satdifuser report x"))
-    found = compare_runs(runs, None, EvaluateSettings())["tile_iou"]
+    found = compare_fits(*([open_run(run)] for run in runs), EvaluateSettings())["tile_iou"]
     assert f"{found['first_ahead']}, {found['second_ahead']}" in page.words
     assert f"{found['p']:.3g}" in page.words
     assert "Wilcoxon p" in page.words
@@ -100,7 +102,7 @@ def test_models_are_summed_up_over_data_sets(tmp_path: Path) -> None:
     for row in table:
         cells = [row["model"], f"{row['iqm']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", "4"]
         cells += [f"{row[name]:.3f}" for name in ("fields", "roads")]
-        assert re.search(r"\s+".join(map(re.escape, cells)), page.words)
+        assert re.search(r"\s*".join(map(re.escape, cells)), page.words)
     assert f"satdifuser evaluate --across {runs[0]} " in page.words
     one = Page(write_report(runs[:4], tmp_path / "r.html", "satdifuser report x"))
     assert "Across data sets" not in one.words
