@@ -283,8 +283,10 @@ def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bo
     from satdifuser.fuse.fit import check_task, fit_candidates
     from satdifuser.fuse.grid import expand
     from satdifuser.fuse.leaderboard import BOARD_FILE
+    from satdifuser.fuse.log import check_log
 
     check_task(store, pipeline.fit)
+    check_log(pipeline.fit.log)
     candidates, runs = expand(pipeline.fit, store), []
     if pipeline.evaluate.baselines:
         runs += fit_baselines(store, pipeline.evaluate, folder, overwrite, pipeline.fit.partition)

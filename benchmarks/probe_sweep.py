@@ -1,8 +1,9 @@
 """What a sweep of logistic probes costs, beside a plain loop of scikit-learn fits on the same store.
 
-    python benchmarks/probe_sweep.py                  # 21 layers of Stable Diffusion's widths
-    python benchmarks/probe_sweep.py --widths narrow  # of those of the embedded backbone
-    python benchmarks/probe_sweep.py --full           # no sampling: hours for the loop
+    python benchmarks/probe_sweep.py                           # 21 layers of the embedded backbone's widths
+    python benchmarks/probe_sweep.py --widths sd               # of Stable Diffusion's; half an hour
+    python benchmarks/probe_sweep.py --widths sd --inputs single layer
+    python benchmarks/probe_sweep.py --full                    # no sampling
 
 Makes a store of 2,000 training and 500 val tiles, 3 timesteps and 21 layers whose pooled features vary along
 few directions, as real ones do: the n-th largest eigenvalue falls with n squared (measured on EuroSAT through
@@ -12,8 +13,11 @@ timestep's and each layer's concatenation, and all: 88 sets of inputs.
 
 The loop standardises, fits `LogisticRegression` in double precision (in single it stops short) and scores on
 val, with as many threads of its BLAS as serve it best. Since it takes hours, it is run for one set of inputs
-of each kind and width, and for a few strengths of the large ones; its total is what these say of the others.
-The sweep runs in full, and is stopped at the smallest norm of the gradient that any of these fits reached.
+of each kind and width, with all ten strengths of narrow ones, three of wider ones and one of the widest. In
+turn with it our cell of the same inputs is fitted, all ten strengths, on one thread, until its gradient is as
+small as the smallest of theirs; the ratio is ten times the loop's mean fit over that. The loop's total is
+what these samples say of all inputs. Beside it the sweep is run in full, on all cores, stopped at the
+smallest norm of the gradient that any fit of the loop reached.
 """
 
 from __future__ import annotations
@@ -22,18 +26,20 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from satdifuser.evaluate.probe_cells import Cell, SweepData, list_cells
-from satdifuser.evaluate.probe_workers import fit_cells
+from satdifuser.evaluate.probe_cells import Cell, SweepData, fit_cell, list_cells
+from satdifuser.evaluate.probe_workers import fit_cells, one_thread
 from satdifuser.evaluate.settings import ProbeSettings
 from satdifuser.store.encoding import encode
 from satdifuser.store.reader import FeatureStore, open_store
@@ -43,7 +49,9 @@ from satdifuser.store.writer import TileRow, open_or_create
 SIDE, SHARD, CLASSES, DIRECTIONS, STEPS = 64, 100, 10, 512, [21, 61, 161]
 WIDTHS = {"sd": (1280, 1280, 640, 320), "narrow": (128, 128, 96, 48)}
 THEIR_TOLERANCE = 1e-5  # largest entry of the gradient; its Euclidean norm is some ten times as large
-FEW = 3  # strengths that stand for ten where a fit takes a minute
+TRIED = {2_000: slice(None), 10_000: slice(1, None, 3)}  # strengths that are tried up to so many features …
+WIDEST = slice(4, 5)  # … and above
+FEW_STEPS = 30  # tell which number of threads is faster
 
 
 def layer_table(widths: tuple[int, ...]) -> list[LayerInfo]:
@@ -129,14 +137,14 @@ class Fit:
     steps: int
 
 
-def fit_one(data: SweepData, cell: Cell, strength: float) -> Fit:
-    """One turn of the loop."""
+def fit_one(data: SweepData, cell: Cell, strength: float, steps: int = 10_000) -> Fit:
+    """One turn of the loop, of so many steps at most."""
     began = time.perf_counter()
     inputs = data.inputs(cell)
     scaler = StandardScaler()
     features = scaler.fit_transform(data.train.joined(inputs).astype(np.float64))
     held_out = scaler.transform(data.val.joined(inputs).astype(np.float64))
-    model = LogisticRegression(C=strength, tol=THEIR_TOLERANCE, max_iter=10_000)
+    model = LogisticRegression(C=strength, tol=THEIR_TOLERANCE, max_iter=steps)
     model.fit(features, data.train.labels)
     accuracy = model.score(held_out, data.val.labels)
     seconds = time.perf_counter() - began
@@ -147,56 +155,74 @@ def fit_one(data: SweepData, cell: Cell, strength: float) -> Fit:
     return Fit(seconds, norm, accuracy, int(model.n_iter_.max()))
 
 
-def samples(data: SweepData, cells: list[Cell], full: bool) -> Iterator[tuple[Cell, list[float], int]]:
-    """Cells to loop over, with the strengths that are tried and the number of cells that each stands for."""
-    strengths = data.settings.logistic
+@dataclass(frozen=True)
+class Sample:
+    """A cell that stands for others of its kind and width, and the strengths that are tried of it."""
+
+    cell: Cell
+    width: int
+    strengths: Sequence[float]
+    stands_for: int
+
+
+def samples(data: SweepData, cells: Sequence[Cell], full: bool) -> Iterator[Sample]:
+    """What the loop is run for."""
     widths = {layer.name: layer.channels for layer in data.store.attributes.layers}
     alike: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
         alike.setdefault((cell.inputs, sum(widths[name] for _, name in data.inputs(cell))), []).append(cell)
-    for (kind, _), members in alike.items():
-        some = strengths if full or kind == "single" else strengths[1 :: len(strengths) // FEW]
-        some = some if kind != "all" or full else some[1:2]
+    for (_, width), members in alike.items():
+        tried = next((part for limit, part in TRIED.items() if width <= limit), WIDEST)
+        strengths = data.settings.logistic[slice(None) if full else tried]
         for cell in members if full else members[:1]:
-            yield cell, some, 1 if full else len(members)
+            yield Sample(cell, width, strengths, 1 if full else len(members))
 
 
 def best_threads(data: SweepData, cell: Cell) -> int:
     """How many threads of BLAS serve the loop best."""
     seconds = {}
     for threads in (1, len(os.sched_getaffinity(0))):
-        with threadpool_limits(threads):
-            fit = fit_one(data, cell, 0.1)
+        with threadpool_limits(threads), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # stopped short on purpose
+            fit = fit_one(data, cell, 0.1, FEW_STEPS)
             seconds[threads] = fit.seconds / fit.steps
     print(", ".join(f"{1e3 * s:.1f} ms a step with {n} threads" for n, s in seconds.items()))
     return min(seconds, key=lambda threads: seconds[threads])
 
 
-def run_loop(data: SweepData, cells: list[Cell], full: bool) -> tuple[float, float]:
+def run_in_turn(data: SweepData, cells: Sequence[Cell], full: bool) -> tuple[float, float]:
     """Seconds of the whole loop, and the smallest norm that it reached."""
     total, norms = 0.0, []
-    with threadpool_limits(best_threads(data, cells[0])):
-        for cell, some, stands_for in samples(data, cells, full):
-            fits = [fit_one(data, cell, strength) for strength in some]
-            mean = float(np.mean([fit.seconds for fit in fits]))
-            seconds = mean * len(data.settings.logistic) * stands_for
-            total += seconds
-            norms += [fit.norm for fit in fits]
-            steps = np.mean([fit.steps for fit in fits])
-            print(
-                f"  {cell.inputs:8} {data.train.joined(data.inputs(cell)).shape[1]:6} features, "
-                f"{len(fits):2} strengths: {mean:6.2f} s and {steps:4.0f} steps a fit, "
-                f"norm {np.median([f.norm for f in fits]):.1e}, val {max(f.accuracy for f in fits):.3f}; "
-                f"times {stands_for} cells: {seconds:6.0f} s",
-                flush=True,
-            )
-    print(f"norms of the gradient: {min(norms):.1e} to {max(norms):.1e}, median {np.median(norms):.1e}")
+    threads = best_threads(data, cells[0])
+    for sample in samples(data, cells, full):
+        with threadpool_limits(threads):
+            fits = [fit_one(data, sample.cell, strength) for strength in sample.strengths]
+        mean, norm = float(np.mean([fit.seconds for fit in fits])), min(fit.norm for fit in fits)
+        whole = mean * len(data.settings.logistic)
+        ours, reached = time_cell(data, sample.cell, norm)
+        total += whole * sample.stands_for
+        norms.append(norm)
+        print(
+            f"  {sample.cell.inputs:8} {sample.width:6} features, loop of {len(fits):2} strengths: {mean:.2f}"
+            f" s and {np.mean([fit.steps for fit in fits]):4.0f} steps a fit, norm {norm:.1e}, val "
+            f"{max(fit.accuracy for fit in fits):.3f}; our cell of ten {ours:6.2f} s, norm {reached:.1e}: "
+            f"{whole / ours:5.1f} times; {sample.stands_for} such cells",
+            flush=True,
+        )
     return total, min(norms)
 
 
-def run_sweep(store: FeatureStore, tolerance: float) -> float:
+def time_cell(data: SweepData, cell: Cell, tolerance: float) -> tuple[float, float]:
+    """Seconds of our cell on one thread, and the largest norm of its gradients."""
+    data.settings = data.settings.model_copy(update={"tolerance": tolerance})
+    with one_thread():
+        began = time.perf_counter()
+        rows = fit_cell(data, cell)
+        return time.perf_counter() - began, max(row["gradient_norm"] for row in rows)
+
+
+def run_sweep(store: FeatureStore, settings: ProbeSettings) -> float:
     """Seconds of our sweep, reading and scoring included."""
-    settings = ProbeSettings(probes=["logistic"], tolerance=tolerance)
     began = time.perf_counter()
     data, cells = SweepData(store, settings), list_cells(store, settings)
     cells.sort(key=lambda cell: -len(data.inputs(cell)))
@@ -216,19 +242,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--widths", choices=WIDTHS, default="sd")
+    parser.add_argument("--widths", choices=WIDTHS, default="narrow")
+    parser.add_argument("--inputs", nargs="+", default=["single", "timestep", "layer", "all"])
     parser.add_argument("--train", type=int, default=2000)
     parser.add_argument("--val", type=int, default=500)
     parser.add_argument("--full", action="store_true", help="Run the loop in full.")
     args = parser.parse_args()
+    settings = ProbeSettings(probes=["logistic"], inputs=args.inputs)
     with tempfile.TemporaryDirectory() as folder:
         store = write_store(Path(folder) / "s.zarr", WIDTHS[args.widths], args.train, args.val)
-        data = SweepData(store, ProbeSettings())
+        data = SweepData(store, settings)
         data.load()
-        cells = list_cells(store, data.settings)
-        print(f"{args.widths}: {args.train} training tiles, {len(cells)} cells; the loop of scikit-learn:")
-        theirs, norm = run_loop(data, cells, args.full)
-        ours = run_sweep(store, norm)
+        cells = list_cells(store, settings)
+        print(f"{args.widths}: {args.train} training tiles, {len(cells)} cells")
+        theirs, norm = run_in_turn(data, cells, args.full)
+        ours = run_sweep(store, settings.model_copy(update={"tolerance": norm}))
     kind = "in full" if args.full else "from the samples above"
     print(f"loop {theirs:.0f} s ({kind}), sweep {ours:.0f} s: {theirs / ours:.1f} times")
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import trim_mean
 
 from satdifuser.errors import RunError
+from satdifuser.evaluate.interchange import budget_of, dataset_name
 from satdifuser.evaluate.intervals import percentiles
 from satdifuser.evaluate.metrics import Floats
 from satdifuser.evaluate.results import check_alike, lay_out, main_metric, reported_split, span
@@ -42,7 +42,11 @@ def across_datasets(folders: Sequence[Path], settings: EvaluateSettings) -> pd.D
     Raises:
         RunError: a model lacks a data set, or the runs report different splits.
     """
-    runs = [open_run(folder) for folder in folders]
+    return tabulate_models([open_run(folder) for folder in folders], settings)
+
+
+def tabulate_models(runs: Sequence[Run], settings: EvaluateSettings) -> pd.DataFrame:
+    """The table of `across_datasets`, of opened runs."""
     check_alike("evaluate.split", {run.path: reported_split(run) for run in runs})
     scores = gather(runs)
     scaled = min_max(scores)
@@ -87,20 +91,14 @@ def name_datasets(runs: Sequence[Run]) -> list[str]:
     names: dict[str, str] = {}
     for run, label in zip(runs, labels, strict=True):
         if label not in names:
-            name = name_source(read_settings(run).get("source", {}))
+            name = dataset_name(read_settings(run).get("source", {}))
             again = sum(known.split(" #")[0] == name for known in names.values())
             names[label] = f"{name} #{again + 1}" if again else name
     return [names[label] for label in labels]
 
 
-def name_source(source: Mapping[str, Any]) -> str:
-    """What a source is called: a data set's name, or its last folder."""
-    place = source.get("dataset") or source.get("root") or source.get("target") or source.get("kind", "data")
-    return Path(str(place)).stem
-
-
 def name_models(runs: Sequence[Run]) -> list[str]:
-    """Each run's model: fusion and head, and noising and backbone where the runs differ in them."""
+    """Each run's model: fusion, and noising, backbone and number of labels where the runs differ in them."""
     parts = []
     for run in runs:
         stages = read_settings(run)
@@ -109,9 +107,10 @@ def name_models(runs: Sequence[Run]) -> list[str]:
                 f"{run.info['fusion']}{' (baseline)' if run.info['kind'] == 'baseline' else ''}",
                 str(stages.get("extract", {}).get("noising", "")),
                 Path(str(stages.get("backbone", {}).get("model", ""))).name,
+                str(budget_of(run)),
             ]
         )
-    varied = [i for i in range(3) if i == 0 or len({part[i] for part in parts}) > 1]
+    varied = [i for i in range(len(parts[0])) if i == 0 or len({part[i] for part in parts}) > 1]
     return [", ".join(part[i] for i in varied if part[i]) for part in parts]
 
 

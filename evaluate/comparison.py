@@ -49,8 +49,7 @@ def compare_runs(paths: Sequence[Path], store: Location | None, settings: Evalua
         settings: Split, bootstrap.
 
     Returns:
-        names, seeds, task, split, tiles, level; `metrics`: of each the values of both, their difference, its
-        interval and the share of draws in which the first is ahead; `mcnemar`, or `tile_iou` of masks.
+        What `compare_fits` finds, and `names`: the paths.
 
     Raises:
         SettingsError: not two paths.
@@ -61,13 +60,34 @@ def compare_runs(paths: Sequence[Path], store: Location | None, settings: Evalua
     sides = [seeds_of(path) for path in paths]
     for runs in sides:
         ensure_all_evaluated([run.path for run in runs], store, settings)
+    return {"names": [str(path) for path in paths], **compare_fits(*sides, settings)}
+
+
+def compare_fits(
+    first_runs: Sequence[Run], second_runs: Sequence[Run], settings: EvaluateSettings
+) -> dict[str, Any]:
+    """Compare two fits that are measured, each by one run or by several seeds.
+
+    Args:
+        first_runs: The one …
+        second_runs: … and the other.
+        settings: How they were measured: split, bootstrap.
+
+    Returns:
+        seeds, task, split, tiles, level; `metrics`: of each the values of both, their difference, its
+        interval and the share of draws in which the first is ahead; `mcnemar` of single runs, or `tile_iou`
+        of masks.
+
+    Raises:
+        RunError: they are not of the same task, classes and tiles with the same targets.
+    """
+    sides = [first_runs, second_runs]
     tables = [[tile_table(run) for run in runs] for runs in sides]
     check_comparable([run for runs in sides for run in runs], [table for side in tables for table in side])
     task = sides[0][0].info["task"]
     first, second = ([scores_of(task, table) for table in side] for side in tables)
     tiles = len(tables[0][0])
     found = {
-        "names": [str(path) for path in paths],
         "seeds": [[run.info["seed"] for run in runs] for runs in sides],
         "task": task,
         "split": settings.split,

@@ -19,6 +19,7 @@ from satdifuser.fuse.data import TrainingData
 from satdifuser.fuse.grid import Candidate, sweep_section
 from satdifuser.fuse.inputs import choose_inputs, join_inputs
 from satdifuser.fuse.leaderboard import describe_first, standings, write_board
+from satdifuser.fuse.log import check_log, open_logs, values_of
 from satdifuser.fuse.run_folder import (
     CHECKPOINT_FILE,
     RUN_FILE,
@@ -87,6 +88,7 @@ def fit_candidates(
         Their runs, in the same order.
     """
     check_task(store, candidates[0].settings)
+    check_log(candidates[0].settings.log)
     done: dict[str, Run] = {}
     for one in candidates:
         found = None if overwrite else _finished(folder / one.name, run_identity(store, one))
@@ -153,15 +155,23 @@ def _train(
     store: FeatureStore, trainings: Sequence[Training], folder: Path, new_scorer: NewScorer
 ) -> Iterator[int]:
     """Train all to their end; yields after every epoch how many took part."""
-    for epoch in range(max(training.settings.epochs for training in trainings)):
-        active = [training for training in trainings if training.epoch == epoch and not training.is_over]
-        if active:
-            run_epoch(active, new_scorer)
-            for training in active:
-                out = folder / training.candidate.name
-                out.mkdir(parents=True, exist_ok=True)
-                save_checkpoint(out, training.state() | {"identity": run_identity(store, training.candidate)})
-            yield len(active)
+    with open_logs(trainings, folder) as logs:
+        for epoch in range(max(training.settings.epochs for training in trainings)):
+            active = [training for training in trainings if training.epoch == epoch and not training.is_over]
+            if active:
+                run_epoch(active, new_scorer)
+                for training in active:
+                    _keep(store, training, folder)
+                    if log := logs.get(training.candidate.name):
+                        log.write(training.epoch, values_of(training, training.history[-1]))
+                yield len(active)
+
+
+def _keep(store: FeatureStore, training: Training, folder: Path) -> None:
+    """Write the state of a training."""
+    out = folder / training.candidate.name
+    out.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(out, training.state() | {"identity": run_identity(store, training.candidate)})
 
 
 def _finish(folder: Path, training: Training) -> Run:

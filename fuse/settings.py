@@ -24,6 +24,7 @@ FusionName = Literal["single", "concatenation", "global", "localized", "moe"]
 HeadName = Literal["linear", "shortcut", "upernet"]
 Task = Literal["classification", "multilabel", "segmentation"]
 Head = HeadName | Literal["auto"]
+LogName = Literal["none", "tensorboard", "wandb"]
 Timesteps = Annotated[list[NonNegativeInt], Field(min_length=1)] | Literal["all"]
 Patterns = Annotated[list[str], Field(min_length=1)]
 
@@ -58,7 +59,7 @@ OF_A_SWEEP = ("fusion", "seeds", "draws")
 """Settings of a sweep that a network is told apart by; they stand beside its own settings in run.json."""
 
 
-WHEREABOUTS = ("memory_gb", "device_memory_gb", "networks_gb", "device")
+WHEREABOUTS = ("memory_gb", "device_memory_gb", "networks_gb", "device", "log")
 """Settings of a training that change no value."""
 
 
@@ -113,6 +114,7 @@ class TrainingSettings(Settings):
     device_memory_gb: NonNegativeFloat = 0.0
     networks_gb: NonNegativeFloat = 1.0
     device: str = "auto"
+    log: LogName = "none"
 
     # A check of two fields stands at the later one, so that it is reported with all others.
 

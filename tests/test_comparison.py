@@ -14,11 +14,12 @@ import pytest
 import yaml
 from command_line import refuse, succeed
 from made_up import random_mask_row, random_row, random_store
+from made_up_labelled import labelled_store
 from scipy.stats import chi2
 
 from satdifuser.errors import RunError, SettingsError
 from satdifuser.evaluate.across import across_datasets, format_across, interquartile_mean, min_max
-from satdifuser.evaluate.chosen import best_of_each, choose_runs, split_store
+from satdifuser.evaluate.chosen import best_of_each, choose_runs, ensure_all_evaluated, split_store
 from satdifuser.evaluate.comparison import (
     compare_runs,
     compare_tiles,
@@ -28,6 +29,7 @@ from satdifuser.evaluate.comparison import (
     tile_table,
 )
 from satdifuser.evaluate.evaluation import ensure_measured_on_val, new_outcome
+from satdifuser.evaluate.results import results_table
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse.fit import fit_candidates
 from satdifuser.fuse.grid import expand
@@ -212,6 +214,28 @@ def test_of_each_fusion_what_is_best_on_val_is_measured(store: FeatureStore, tmp
     assert reads == {path.name: int(path in chosen) for path in folders}
 
 
+def test_test_tiles_have_no_part_in_which_runs_are_chosen(tmp_path: Path) -> None:
+    """Two stores that differ in their test tiles only."""
+    fit_section = QUICK | {"fusion": ["single", "global"], "lr": [0.01, 1e-6], "epochs": 2}
+    pipeline = validate_settings({"fit": fit_section, "evaluate": {"bootstrap": 20}}, "test")
+    boards, chosen, tables = [], [], []
+    for seed in (0, 1):
+        store = labelled_store(tmp_path / f"{seed}.zarr", "classification", seed, (21, 61), blur=0.4)
+        runs = tmp_path / f"runs{seed}"
+        fit_all(store, pipeline, runs)
+        boards.append(pd.read_csv(runs / "leaderboard.csv").drop(columns="seconds"))
+        before = choose_runs([runs])
+        ensure_all_evaluated(before, None, pipeline.evaluate)
+        assert choose_runs([runs]) == before  # nor once they are measured
+        chosen.append([path.name for path in before])
+        tables.append(results_table(before))
+    pd.testing.assert_frame_equal(boards[0], boards[1])
+    assert chosen[0] == chosen[1]
+    on_val = ["run", "val", "chosen"]
+    pd.testing.assert_frame_equal(tables[0][on_val], tables[1][on_val])
+    assert not tables[0]["reported"].equals(tables[1]["reported"])
+
+
 def test_runs_that_are_named_are_all_measured(runs: Path) -> None:
     named = [runs / "moe-seed1", runs / "global-seed0"]
     assert choose_runs(named) == named
@@ -314,3 +338,13 @@ def test_models_are_told_apart_by_noising_where_it_differs(tmp_path: Path) -> No
         for noising, value in (("forward", 0.5), ("inversion", 0.6))
     ]
     assert across_datasets(folders, BOOTSTRAP)["model"].tolist() == ["global, inversion", "global, forward"]
+
+
+def test_models_are_told_apart_by_their_labels_where_these_differ(tmp_path: Path) -> None:
+    folders = []
+    for labels, value in (("10%", 0.5), ("", 0.6)):
+        folder = fake_run(tmp_path / f"few{labels}", "a", "global", 0, value)
+        info = json.loads((folder / "run.json").read_text()) | {"fit": {"labels": labels}}
+        (folder / "run.json").write_text(json.dumps(info))
+        folders.append(folder)
+    assert across_datasets(folders, BOOTSTRAP)["model"].tolist() == ["global, 100%", "global, 10%"]

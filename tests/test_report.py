@@ -87,7 +87,7 @@ def test_weights_and_confusions_are_tables(classification_runs: list[Path], tmp_
 
 def test_worst_masks_come_first(segmentation_runs: list[Path], tmp_path: Path) -> None:
     page = page_of(segmentation_runs, tmp_path)
-    shown = [float(value) for value in re.findall(r"mIoU (0\.\d+)", page.words)]
+    shown = [float(value) for value in re.findall(r"mIoU: (0\.\d+)", page.words)]
     quality = pd.read_parquet(segmentation_runs[0] / "predictions.parquet")["miou"]
     assert shown[:6] == pytest.approx(sorted(quality[::4])[:6], abs=5e-4)
     assert len(shown) == 9
@@ -140,7 +140,7 @@ def test_mistakes_come_first_and_most_confident_first(tmp_path: Path, store: Fea
     run = fake_run(tmp_path / "global_0", skill=0.7, store=record_of(store))
     page = page_of([run], tmp_path)
     mistakes, right = page.words.split("Some right answers", 1)
-    confidence = [int(value) for value in re.findall(r"\((\d+)%\)", mistakes)]
+    confidence = [int(value) for value in re.findall(r"predicted: .+ \((\d+)%\)", mistakes)]
     assert confidence == sorted(confidence, reverse=True)
     assert len(confidence) >= 2
     truths = re.findall(r"truth: (.+)", right)
@@ -195,7 +195,7 @@ def test_every_figure_has_its_command_and_its_data(classification_runs: list[Pat
     assert len(figures) > 8
     for figure in figures:
         assert re.search(r"<pre><code>satdifuser (report|fit|evaluate) ", figure)
-        assert "data:text/csv" in figure or "<p>From " in figure
+        assert "data:text/csv" in figure
     (scores,) = (f for f in figures if "All metrics of this run." in f)
     encoded = re.search(r"data:text/csv;charset=utf-8;base64,([^\"]+)", scores)
     assert encoded
@@ -255,6 +255,7 @@ def test_runs_of_other_labels_have_a_chapter_of_their_own(tmp_path: Path) -> Non
     assert re.findall(r"<h2 id=\"c\d\">(.+)</h2>", page.source) == [
         "features, labels l1",
         "features, labels other",
+        "Across data sets",
     ]
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from satdifuser.errors import SatDiFuserError
-from satdifuser.evaluate.report import features, fusions, probes, runs, stores, tiles
+from satdifuser.evaluate.report import comparisons, features, fusions, probes, runs, stores, tiles
 from satdifuser.evaluate.report.figure import Figure, Missing, Section, Table
 from satdifuser.evaluate.report.probes import Probe
 from satdifuser.evaluate.results import (
@@ -80,10 +80,19 @@ def make_chapters(fitted: Sequence[Run], swept: Sequence[Probe], request: Reques
         f"{title}, labels {label[:8]}" if plain.count(title) > 1 else title
         for title, label in zip(plain, by_labels, strict=True)
     ]
-    return [
+    chapters = [
         make_chapter(title, *members, request)
         for title, members in zip(titles, by_labels.values(), strict=True)
     ]
+    several = len({labels_of(run) for run in fitted}) > 1
+    return [*chapters, across_chapter(fitted, request.command)] if several else chapters
+
+
+def across_chapter(fitted: Sequence[Run], command: str) -> Chapter:
+    """What the runs of several data sets say together."""
+    title = "Across data sets"
+    figures = attempt(title, lambda: comparisons.across_figures(fitted, command))
+    return Chapter(title, "", [Section("Models over all data sets", figures)], {})
 
 
 def labels_of(source: Run | Probe) -> str:
@@ -107,6 +116,7 @@ def make_chapter(title: str, fitted: Sequence[Run], swept: Sequence[Probe], requ
         task = str(fitted[0].info["task"])
         figures = [
             *runs.results_figures(results, task, request.command),
+            *differences(groups, request.command),
             *runs.labels_figures(groups),
             *runs.board_figures(fitted),
         ]
@@ -119,6 +129,14 @@ def make_chapter(title: str, fitted: Sequence[Run], swept: Sequence[Probe], requ
     if fitted:
         sections += tiles_and_origin(groups, request)
     return Chapter(title, answer, [s for s in sections if s.figures], facts_of(fitted, swept, request))
+
+
+def differences(groups: Sequence[list[Run]], command: str) -> Figures:
+    """How sure the chosen fit's lead is, where there is another one."""
+    if len(groups) < 2:
+        return []
+    title = "How sure the differences are"
+    return attempt(title, lambda: [comparisons.differences_figure(groups, command)])
 
 
 def about_runs(groups: Sequence[list[Run]], request: Request) -> list[Section]:

@@ -46,10 +46,15 @@ class Grid:
 
 @dataclass(frozen=True)
 class Card:
-    """A tile: its pictures and some lines of text."""
+    """A tile: its pictures and what is said of it, by name; the last is its id."""
 
     pictures: list[Picture]
-    lines: list[str]
+    facts: dict[str, str]
+
+    @property
+    def lines(self) -> list[str]:
+        """The facts as lines of text."""
+        return [value if name == "tile" else f"{name}: {value}" for name, value in self.facts.items()]
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,8 @@ def class_cards(table: pd.DataFrame, run: Run, preview: Preview) -> list[Card]:
     for row in table.to_dict("records"):
         truth, predicted = classes[row["target"]], classes[row["predicted"]]
         pictures = image_of(preview(row["tile_id"]), f"Tile {row['tile_id']}, of class {truth}")
-        lines = [f"truth: {truth}", f"predicted: {predicted} ({row['confidence']:.0%})", row["tile_id"]]
-        cards.append(Card(pictures, lines))
+        guess = f"{predicted} ({row['confidence']:.0%})"
+        cards.append(Card(pictures, {"truth": truth, "predicted": guess, "tile": row["tile_id"]}))
     return cards
 
 
@@ -84,7 +84,7 @@ def label_card(run: Run, preview: Preview, row: Mapping[Any, Any]) -> Card:
     names = np.array(run.info["classes"])
     truth, guess = (", ".join(names[row[key] == 1]) or "none" for key in ("target", "predicted"))
     pictures = image_of(preview(row["tile_id"]), f"Tile {row['tile_id']}, with {truth}")
-    return Card(pictures, [f"truth: {truth}", f"predicted: {guess}", row["tile_id"]])
+    return Card(pictures, {"truth": truth, "predicted": guess, "tile": row["tile_id"]})
 
 
 def mask_figures(run: Run, preview: Preview) -> list[Figure | Missing]:
@@ -124,7 +124,7 @@ def mask_card(
     pictures.append(exact_picture(true_colours, f"True classes of tile {tile_id}", "truth"))
     guessed = colour_mask(guess, colours)
     pictures.append(exact_picture(guessed, f"Predicted classes of tile {tile_id}", "prediction"))
-    return Card(pictures, [f"mIoU {score(miou)}", tile_id])
+    return Card(pictures, {"mIoU": score(miou), "tile": tile_id})
 
 
 def cards_figure(title: str, cards: list[Card], words: str, run: Run) -> list[Figure | Missing]:
@@ -137,7 +137,8 @@ def cards_figure(title: str, cards: list[Card], words: str, run: Run) -> list[Fi
     masks = run.info["task"] == "segmentation"
     body = Cards(shown, wide=masks, legend=legend(run.info["classes"]) if masks else {})
     source = str(run.path / ("masks.npz" if masks else "predictions.parquet"))
-    return [Figure(title, body, words, command_of(run), source=source)]
+    data = pd.DataFrame([card.facts for card in shown])
+    return [Figure(title, body, words, command_of(run), data, source)]
 
 
 def legend(classes: list[str]) -> dict[str, str]:
