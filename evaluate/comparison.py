@@ -57,10 +57,10 @@ def compare_runs(paths: Sequence[Path], store: Location | None, settings: Evalua
     """
     if len(paths) != 2:
         raise SettingsError(f"--compare: got {len(paths)} runs, expected two: `evaluate --compare A B`")
-    sides = [seeds_of(path) for path in paths]
-    for runs in sides:
+    first, second = (seeds_of(path) for path in paths)
+    for runs in (first, second):
         ensure_all_evaluated([run.path for run in runs], store, settings)
-    return {"names": [str(path) for path in paths], **compare_fits(*sides, settings)}
+    return {"names": [str(path) for path in paths], **compare_fits(first, second, settings)}
 
 
 def compare_fits(

@@ -246,7 +246,7 @@ class ShardFile:
             )
         blosc.decompress(packed, chunk)
 
-    def _fill(self, offset: int, wanted: int, buffers: list[Bytes], flags: int) -> None:
+    def _fill(self, offset: int, wanted: int, buffers: list[Any], flags: int) -> None:
         """Fill buffers, of so many bytes in all, which follow one another in the file."""
         try:
             got = os.preadv(self._descriptor, buffers, offset, flags)
@@ -257,7 +257,7 @@ class ShardFile:
         if got < wanted:
             self._fill_rest(offset, buffers, got, wanted, flags)
 
-    def _fill_rest(self, offset: int, buffers: list[Bytes], got: int, wanted: int, flags: int) -> None:
+    def _fill_rest(self, offset: int, buffers: list[Any], got: int, wanted: int, flags: int) -> None:
         """Go on after a signal, or where one request could not carry all."""
         if flags:
             raise NotInMemoryError
@@ -268,7 +268,7 @@ class ShardFile:
             got += more
 
 
-def _after(buffers: list[Bytes], done: int) -> list[Bytes]:
+def _after(buffers: list[Any], done: int) -> list[Any]:
     """The part of some buffers behind their first `done` bytes."""
     rest = []
     for buffer in buffers:

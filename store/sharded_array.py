@@ -149,14 +149,14 @@ class Request:
         """Read timesteps of tiles; return those that are not in memory, and not to be waited for."""
         array, left = self.array, []
         read = self._read_whole if self._whole else self._read_layers
-        part = None
+        part: Part = (0, 0, 0, 0)
         try:
             for part in self._pending:
                 if not read(array.file(part[0], part[1]), part, wait):
                     left.append(part)
             self.unchecked.check()
         except (DamagedShardError, OSError, RuntimeError) as error:  # blosc raises RuntimeError
-            shard, _, place, _ = getattr(error, "origin", None) or part
+            shard, _, place, _ = getattr(error, "origin", None) or part  # the check is of several
             tile, path = shard * array.tiles_per_shard + place, array.store.path
             raise StoreError(
                 f"{path}: {array.key}, tile {tile}: cannot be read ({error}); `satdifuser store verify "
