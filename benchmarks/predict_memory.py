@@ -28,6 +28,7 @@ from rasterio.windows import Window
 from satdifuser.extract.sources.grid import offsets
 
 MAKE_SCENE = Path(__file__).parents[1] / "tools/make_scene.py"
+ONE_THREAD = "--set=extract.threads=1"  # more of them wait for each other by spinning on a busy machine
 SATDIFUSER = (sys.executable, "-m", "satdifuser")
 BACKBONE = Size(channels=(32,) * 4, heads=1, text=(4, 32), vae=(8,) * 4)
 PART = 1024  # px of the generated scene
@@ -66,7 +67,18 @@ def measure(folder: Path, size: int, tile: int, overlap: int) -> None:
     """Map a scene, and print what that took."""
     run = fit_run(folder, tile)
     scene, out = repeat_scene(folder / "part/scene.tif", folder / "scene.tif", size), folder / "map.tif"
-    words = (*SATDIFUSER, "predict", run, scene, "-o", out, "--confidence", "--overlap", str(overlap))
+    words = (
+        *SATDIFUSER,
+        "predict",
+        run,
+        scene,
+        "-o",
+        out,
+        "--confidence",
+        "--overlap",
+        str(overlap),
+        ONE_THREAD,
+    )
     print(f"scene of {size} x {size} px, {scene.stat().st_size / MB:.0f} MB", flush=True)
     process = subprocess.Popen(list(map(str, words)))
     samples = watch(process, out.with_name(f".{out.name}.strips"), 2 * size * size)
@@ -129,7 +141,6 @@ def watch(process: subprocess.Popen[bytes], strips: Path, whole: int) -> list[Sa
                 print(sample, flush=True)
                 shown = int(sample.done * SHOWN) + 1
         time.sleep(1)
-    print(samples[-1])
     return samples
 
 

@@ -30,7 +30,7 @@ from satdifuser.extract.sources.landcover import paint
 from satdifuser.extract.sources.synthetic import CRS, ORIGIN, PIXEL
 from satdifuser.store.georeference import Georeference
 
-CLASSES = ("fields", "forest", "orchard", "town")
+CLASSES = ("fields", "forest", "orchard", "strip_fields")
 ZONE = 128  # px from one zone to the next
 WAVE = 12  # px by which borders swing
 PLACE = Georeference(CRS, (PIXEL, 0, ORIGIN[0], 0, -PIXEL, ORIGIN[1]))
