@@ -1,6 +1,6 @@
 """A generated scene with labels, to try the way from a scene to a map.
 
-    python tools/make_scene.py FOLDER [--size 768] [--seed 0] [--labels 4] [--points 600]
+    python tools/make_scene.py FOLDER [--size 768] [--seed 0] [--labels 6] [--points 600]
 
 Writes three files to FOLDER:
 
@@ -41,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", type=int, default=768, help="px a side")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--labels", type=int, default=4, help="zones of each class that get a polygon")
+    parser.add_argument("--labels", type=int, default=6, help="zones of each class that get a polygon")
     parser.add_argument("--points", type=int, default=600, help="of the reference; fewer those on labels")
     args = parser.parse_args(words)
     args.folder.mkdir(parents=True, exist_ok=True)
