@@ -200,7 +200,8 @@ addEventListener("load", () => {
   const set = (id, value) => { get(id).value = value; get(id).dispatchEvent(new Event("input")); };
   const seen = () => images.map((image) => getComputedStyle(image).visibility === "visible");
   const cuts = () => images.map((image) => getComputedStyle(image).clipPath);
-  const answers = {refused, width: stage.clientWidth, content: document.documentElement.scrollWidth};
+  const wide = (part) => part.getBoundingClientRect().width;
+  const answers = {refused, width: wide(stage), content: document.documentElement.scrollWidth};
   answers.blank = images.filter((image) => !image.naturalWidth).length;
   answers.first = seen();
   set("left", 4); set("right", 6); set("swipe", 250);
@@ -213,11 +214,11 @@ addEventListener("load", () => {
   set("opacity", 40);
   answers.opacity = images[6].style.opacity;
   get("in").click(); get("in").click();
-  answers.zoomed = sheet.getBoundingClientRect().width / stage.clientWidth;
+  answers.zoomed = wide(sheet) / wide(stage);
   get("fit").click();
-  answers.fitted = sheet.getBoundingClientRect().width / stage.clientWidth;
+  answers.fitted = wide(sheet) / wide(stage);
   stage.dispatchEvent(new WheelEvent("wheel", {deltaY: -1, clientX: 50, clientY: 150, cancelable: true}));
-  answers.wheeled = sheet.getBoundingClientRect().width / stage.clientWidth;
+  answers.wheeled = wide(sheet) / wide(stage);
   parent.postMessage(answers, "*");
 });
 </script>
