@@ -37,7 +37,6 @@ from safetensors.torch import save_file
 from satdifuser.extract import run
 from satdifuser.extract.background import Background
 from satdifuser.extract.compute import Work, compute_shard
-from satdifuser.extract.device import device_name
 from satdifuser.extract.job import Job
 from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import Plan, make_plan
@@ -48,6 +47,7 @@ from satdifuser.fuse.data import MapLoader
 from satdifuser.fuse.inputs import named_inputs
 from satdifuser.fuse.settings import FitSettings
 from satdifuser.fuse.train import loss, new_network
+from satdifuser.store.device import device_name
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.settings import StoreSettings
 from satdifuser.store.writer import open_or_create

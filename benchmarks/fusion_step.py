@@ -19,8 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from satdifuser.extract.device import device_name
 from satdifuser.fuse.fusion import Channels, FeatureMaps, GlobalFusion, LocalizedFusion, MoEFusion
+from satdifuser.store.device import device_name
 
 FUSIONS: dict[str, type[nn.Module]] = {"global": GlobalFusion, "localized": LocalizedFusion, "moe": MoEFusion}
 LAYERS: dict[str, tuple[int, Channels]] = {
@@ -82,9 +82,10 @@ def compare(name: str, fusion: nn.Module, maps: FeatureMaps, rounds: int) -> Non
     for i, part in enumerate(("forward", "backward", "both")):
         loop, folded = ([times[way][i] for times in found] for way in ways)
         ratios = [a / b for a, b in zip(loop, folded, strict=True)]
+        speed = f"{statistics.median(ratios):.2f} times (median; {min(ratios):.2f} to {max(ratios):.2f})"
         print(
             f"{name:10} {part:8} loop {statistics.median(loop):.3f} s, "
-            f"folded {statistics.median(folded):.3f} s: {statistics.median(ratios):.2f} times (median; {min(ratios):.2f} to {max(ratios):.2f})"
+            f"folded {statistics.median(folded):.3f} s: {speed}"
         )
 
 

@@ -6,10 +6,8 @@ without waiting, results come back on a queue of their own, and only the thread 
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from satdifuser.errors import SettingsError
+from satdifuser.store.device import device_name
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -47,16 +46,6 @@ def fix_arithmetic(threads: int) -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-
-
-def device_name(device: torch.device) -> str:
-    """The model of the GPU or of the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

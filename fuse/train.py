@@ -28,13 +28,17 @@ from satdifuser.fuse.inputs import Inputs, Statistics, choose_inputs, named_inpu
 from satdifuser.fuse.network import OURS, Network, Variant, build_network, choose_head, choose_widths
 from satdifuser.fuse.run_folder import Run, load_weights
 from satdifuser.fuse.settings import OF_A_SWEEP, FitSettings, FusionName
-from satdifuser.store.device import choose_device
+from satdifuser.store.device import choose_device, device_name, gpu_uuid
+from satdifuser.store.energy import EnergyMeter, sum_if_all_tell
 from satdifuser.store.few_labels import ALL_LABELS
 from satdifuser.store.place import typical_pixel_size
 from satdifuser.store.reader import FeatureStore
 
 MAIN_METRIC = {"classification": "accuracy", "multilabel": "f1_micro", "segmentation": "miou"}
 """What is best of a task: decides on val which epoch, probe or run is chosen."""
+
+COST = ("seconds", "device_seconds", "joules")
+"""Of an epoch and of a whole training: wall time, what of it the device worked on, energy if it is shown."""
 
 Prediction = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Probabilities (B, classes) or (B, classes, H, W), and targets (B,), (B, classes) or (B, H, W)."""
@@ -133,8 +137,8 @@ class Training:
         self.seconds += time.monotonic() - began
         return found
 
-    def close_epoch(self, metrics: dict[str, float], shared_seconds: float) -> None:
-        """End an epoch with its metrics on val; keep the weights if they are the best so far."""
+    def close_epoch(self, metrics: dict[str, float], cost: Mapping[str, float | None]) -> None:
+        """End an epoch with its metrics on val and its cost; keep the weights if they are the best so far."""
         task = str(self.store.attributes.task)
         value = metrics[MAIN_METRIC[task]]
         if not math.isfinite(value):
@@ -145,7 +149,7 @@ class Training:
             self.best_value, self.best_epoch = value, self.epoch
             self.best = copy.deepcopy(self.network.state_dict())
         row = {"epoch": self.epoch, "train_loss": float(np.mean(self._losses)), "val": metrics}
-        self.history.append(row | {"seconds": round(self.seconds + shared_seconds, 3)})
+        self.history.append(row | cost)
         self._losses, self.seconds = [], 0.0
 
     def state(self) -> dict[str, Any]:
@@ -186,8 +190,7 @@ class Training:
         return {
             "history": self.history,
             "best_epoch": self.best_epoch,
-            "seconds": round(sum(row["seconds"] for row in self.history), 3),
-        }
+        } | {name: sum_if_all_tell([row.get(name) for row in self.history]) for name in COST}
 
 
 def run_epoch(trainings: Sequence[Training], new_scorer: NewScorer) -> None:
@@ -197,8 +200,8 @@ def run_epoch(trainings: Sequence[Training], new_scorer: NewScorer) -> None:
         trainings: Of the same data, tiles, seed and batch size, with as many epochs behind them.
         new_scorer: Measures predictions.
     """
-    began = time.monotonic()
     first = trainings[0]
+    began, meter = time.monotonic(), EnergyMeter(gpu_uuid(first.device))
     data, size = first.data, first.settings.batch_size
     order = first.positions[training_order(len(first.positions), size, first.order_seed, first.min_steps)]
     steps = -(-len(order) // size)
@@ -209,10 +212,31 @@ def run_epoch(trainings: Sequence[Training], new_scorer: NewScorer) -> None:
     for maps, targets in data.val.labelled_batches(np.arange(len(data.val.rows)), size, data.statistics):
         for training, scorer in zip(trainings, scorers, strict=True):
             scorer.add(*training.predict(maps, targets))
-    own = sum(training.seconds for training in trainings)
-    shared = (time.monotonic() - began - own) / len(trainings)
-    for training, scorer in zip(trainings, scorers, strict=True):
-        training.close_epoch(scorer.metrics(), shared)
+    costs = share_cost([training.seconds for training in trainings], time.monotonic() - began, meter.joules())
+    for training, scorer, cost in zip(trainings, scorers, costs, strict=True):
+        training.close_epoch(scorer.metrics(), cost)
+
+
+def share_cost(own: Sequence[float], seconds: float, joules: float | None) -> list[dict[str, float | None]]:
+    """What each of several trainings cost that shared their batches.
+
+    Args:
+        own: Seconds of the device for each; the rest of the time is shared evenly.
+        seconds: All of them took together.
+        joules: All of them used, shared as the time is; None where the machine does not tell.
+
+    Returns:
+        A row of `COST` for each.
+    """
+    each = [mine + (seconds - sum(own)) / len(own) for mine in own]
+    return [
+        {
+            "seconds": round(whole, 3),
+            "device_seconds": round(mine, 3),
+            "joules": None if joules is None else round(joules * whole / seconds, 3),
+        }
+        for whole, mine in zip(each, own, strict=True)
+    ]
 
 
 def describe_run(
@@ -241,6 +265,7 @@ def describe_run(
     projection, norm_groups = choose_widths(inputs.channels, settings)
     head = choose_head(a.task, settings) if a.task else None
     partition = store.choose_partition(settings.partition)
+    device = choose_device(settings.device, "fit.device")
     return {
         "format_version": 1,
         "kind": "fusion",
@@ -263,7 +288,8 @@ def describe_run(
             "head": head,
             "projection": projection,
             "norm_groups": norm_groups,
-            "device": str(choose_device(settings.device, "fit.device")),
+            "device": str(device),
+            "device_name": device_name(device),
         },
         "parameters": sum(p.numel() for p in network.parameters()),
         "weights": mixing_weights(inputs, state) if fusion == "global" else None,
