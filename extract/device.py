@@ -15,25 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from satdifuser.errors import SettingsError
-from satdifuser.store.device import device_name
-
 Arrays = dict[str, NDArray[np.generic]]
-
-
-def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse bfloat16 on a GPU that only emulates it, slower than float32.
-
-    Raises:
-        SettingsError: naming the GPU and what it can do.
-    """
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise SettingsError(
-            f"backbone.dtype: bfloat16, but {device_name(device)} does not compute it; use float16 (with "
-            "backbone.overflow: widen where a layer overflows) or float32"
-        )
 
 
 def fix_arithmetic(threads: int) -> None:

@@ -19,6 +19,7 @@ from satdifuser.fuse.data import TrainingData
 from satdifuser.fuse.grid import Candidate, sweep_section
 from satdifuser.fuse.inputs import choose_inputs, join_inputs
 from satdifuser.fuse.leaderboard import describe_first, standings, write_board
+from satdifuser.fuse.processes import is_first
 from satdifuser.fuse.run_folder import (
     CHECKPOINT_FILE,
     RUN_FILE,
@@ -92,17 +93,17 @@ def fit_candidates(
         found = None if overwrite else _finished(folder / one.name, run_identity(store, one))
         done |= {one.name: found} if found else {}
     left = [one for one in candidates if one.name not in done]
-    with tqdm(total=_epochs(left), desc="fit", unit="epoch", disable=None) as bar:
+    with tqdm(total=_epochs(left), desc="fit", unit="epoch", disable=None if is_first() else True) as bar:
         for trainings in _rounds(store, left, folder, overwrite):
             bar.update(sum(training.epoch for training in trainings))
             for advanced in _train(store, trainings, folder, new_scorer):
                 rows = standings(candidates, done, trainings)
                 bar.set_postfix_str(describe_first(rows))
                 bar.update(advanced)
-                if board:
+                if board and is_first():
                     write_board(board, rows)
             done |= {one.candidate.name: _finish(folder, one) for one in trainings}
-    if board:
+    if board and is_first():
         write_board(board, standings(candidates, done, []))
     return [done[one.name] for one in candidates]
 
@@ -131,7 +132,7 @@ def _rounds(
                 waiting = []
             waiting.append(training)
         unseen = data.unseen_classes(waiting[0].positions)
-        if unseen and unseen != warned:
+        if unseen and unseen != warned and is_first():
             warned = unseen
             tqdm.write(_unseen_warning(store, unseen, waiting[0].settings), file=sys.stderr)
         yield waiting
@@ -157,7 +158,7 @@ def _train(
         active = [training for training in trainings if training.epoch == epoch and not training.is_over]
         if active:
             run_epoch(active, new_scorer)
-            for training in active:
+            for training in active if is_first() else ():
                 out = folder / training.candidate.name
                 out.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(out, training.state() | {"identity": run_identity(store, training.candidate)})
@@ -169,6 +170,8 @@ def _finish(folder: Path, training: Training) -> Run:
     one, store = training.candidate, training.store
     out = folder / one.name
     info = training.describe() | {"name": one.name, "identity": run_identity(store, one)}
+    if not is_first():
+        return Run(out, info)
     sections = {"fit": sweep_section(one)} | store.attributes.settings
     run = save_run(out, info, sections, training.best, training.statistics)
     (out / CHECKPOINT_FILE).unlink(missing_ok=True)

@@ -35,6 +35,26 @@ def choose_device(device: str, setting: str) -> torch.device:
     return chosen
 
 
+def check_dtype(device: torch.device, dtype: torch.dtype, setting: str, instead: str) -> None:
+    """Refuse bfloat16 on a GPU that only emulates it, slower than float32.
+
+    Args:
+        device: Which computes …
+        dtype: … in this type.
+        setting: What names the type, for the message.
+        instead: What else to do.
+
+    Raises:
+        SettingsError: naming the GPU.
+    """
+    import torch
+
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise SettingsError(f"{setting}: bfloat16, but {device_name(device)} does not compute it; {instead}")
+
+
 def device_name(device: torch.device) -> str:
     """The model of the GPU or of the CPU."""
     if device.type == "cuda":

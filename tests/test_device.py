@@ -25,14 +25,13 @@ from satdifuser.extract.backbone import find_backbone, load_backbone
 from satdifuser.extract.batch_size import equal_parts, largest_fitting
 from satdifuser.extract.compiled import CompiledTaps
 from satdifuser.extract.compute import mend
-from satdifuser.extract.device import check_dtype
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.job import Job
 from satdifuser.extract.layers import layer_table, select_layers, tapped
 from satdifuser.extract.run import extract
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, SyntheticSettings
 from satdifuser.extract.unet import Conditions
-from satdifuser.store.device import device_name
+from satdifuser.store.device import check_dtype, device_name
 from satdifuser.store.energy import EnergyMeter, cost_text, cpu_counters, total_cost
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.settings import StoreSettings
@@ -233,11 +232,11 @@ def test_a_gpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(
-        SettingsError, match=r"bfloat16, but Tesla T4 does not compute it; use float16 .* or float32"
+        SettingsError, match=r"^backbone\.dtype: bfloat16, but Tesla T4 does not compute it; use float16$"
     ):
-        check_dtype(torch.device("cuda"), torch.bfloat16)
-    check_dtype(torch.device("cuda"), torch.float16)
-    check_dtype(torch.device("cpu"), torch.bfloat16)
+        check_dtype(torch.device("cuda"), torch.bfloat16, "backbone.dtype", "use float16")
+    check_dtype(torch.device("cuda"), torch.float16, "backbone.dtype", "")
+    check_dtype(torch.device("cpu"), torch.bfloat16, "backbone.dtype", "")
 
 
 # --- compiled
