@@ -25,7 +25,7 @@ from satdifuser.fuse.fit import fit, fit_candidates
 from satdifuser.fuse.fusion import ConcatenationFusion
 from satdifuser.fuse.grid import Candidate, expand, sweep_section
 from satdifuser.fuse.inputs import choose_inputs, join_inputs, named_inputs
-from satdifuser.fuse.run_folder import Run
+from satdifuser.fuse.run_folder import Run, load_weights
 from satdifuser.fuse.settings import FitSettings, SweepSettings
 from satdifuser.fuse.train import COST, NewScorer, Training, run_epoch, share_cost
 from satdifuser.store import energy
@@ -425,8 +425,24 @@ def test_a_run_records_its_cost_and_the_table_shows_it(
     assert run.info["device_seconds"] == pytest.approx(sum(e["device_seconds"] for e in run.info["history"]))
     assert 0 < run.info["device_seconds"] <= run.info["seconds"]
     assert run.info["joules"] == (2.0 if counters else None)  # one between the two readings of each epoch
-    evaluate_run(run.path, store, EvaluateSettings(bootstrap=10, pictures=0))
+    evaluate_run(run.path, store, EvaluateSettings(bootstrap=10, pictures=1))
     table = results_table([run.path])
     (cells,) = format_cells(table)
     assert cells["device seconds"] == f"{run.info['device_seconds']:.1f}"
     assert cells.get("joules") == ("2.0" if counters else None)
+
+
+@pytest.mark.parametrize("fusion", ["global", "localized", "moe"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_trains_nearly_alike(
+    store: FeatureStore, tmp_path: Path, fusion: Any, precision: str
+) -> None:
+    wide, narrow = (
+        fit(store, FitSettings(**QUICK, precision=p), fusion, 0, tmp_path / p, new_outcome)  # type: ignore[arg-type]
+        for p in ("float32", precision)
+    )
+    for ours, theirs in zip(narrow.info["history"], wide.info["history"], strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.05)
+        assert ours["train_loss"] != theirs["train_loss"]
+    state, _ = load_weights(narrow)
+    assert {value.dtype for name, value in state.items() if name != "fusion.forwards"} == {torch.float32}
