@@ -73,10 +73,11 @@ def own_part(order: NDArray[np.intp], batch_size: int) -> NDArray[np.intp]:
     """
     if processes() == 1:
         return order
-    if batch_size % processes() or len(order) < processes():
+    if batch_size % processes() or min(batch_size, len(order)) < 2 * processes():
         raise SettingsError(
             f"fit.batch_size: {batch_size} ({len(order)} tiles to learn from), but {processes()} processes "
-            f"share each batch evenly; set it to a multiple of {processes()}, or start fewer processes"
+            f"share each batch evenly, two tiles each or more; set it to a multiple of {processes()} from "
+            f"{2 * processes()} on, or start fewer processes"
         )
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return np.concatenate([np.array_split(batch, processes())[number()] for batch in batches])

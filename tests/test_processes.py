@@ -44,7 +44,7 @@ def test_every_batch_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(np.concatenate([part[4:] for part in parts]), order[16:])  # 2, 1, 1, 1
 
 
-@pytest.mark.parametrize(("batch_size", "tiles"), [(9, 20), (8, 3)])
+@pytest.mark.parametrize(("batch_size", "tiles"), [(9, 20), (4, 20), (8, 7)])
 def test_batches_that_cannot_be_shared(batch_size: int, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     one_of(monkeypatch, 0, 4)
     message = rf"fit\.batch_size: {batch_size} \({tiles} tiles .* 4 processes .* to a multiple of 4"
