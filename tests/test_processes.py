@@ -96,7 +96,7 @@ def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
     assert done.stdout.count("parameters") == 1  # one table
     for name in ("global-seed0", "moe-seed0"):
         one, two = (open_run(tmp_path / folder / name) for folder in ("one", "two"))
-        assert (one.info["processes"], two.info["processes"]) == (1, 2)
+        assert [run.info["resolved"]["processes"] for run in (one, two)] == [1, 2]
         assert len(two.info["history"]) == 2
         for ours, theirs in zip(two.info["history"], one.info["history"], strict=True):
             assert ours["val"] == pytest.approx(theirs["val"], abs=1e-4)

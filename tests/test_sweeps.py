@@ -425,7 +425,7 @@ def test_a_run_records_its_cost_and_the_table_shows_it(
     assert run.info["device_seconds"] == pytest.approx(sum(e["device_seconds"] for e in run.info["history"]))
     assert 0 < run.info["device_seconds"] <= run.info["seconds"]
     assert run.info["joules"] == (2.0 if counters else None)  # one between the two readings of each epoch
-    evaluate_run(run.path, store, EvaluateSettings(bootstrap=10, pictures=1))
+    evaluate_run(run.path, store.path, EvaluateSettings(bootstrap=10, pictures=1))
     table = results_table([run.path])
     (cells,) = format_cells(table)
     assert cells["device seconds"] == f"{run.info['device_seconds']:.1f}"
