@@ -324,8 +324,10 @@ def fit(
     """Train networks on a store: every combination of the lists in the section `fit`, best on val first.
 
     `-c ablation` trains the paper's five rows. The test split stays unread until `evaluate` or `report`.
+    Several GPUs: `torchrun --nproc-per-node 2 -m satdifuser fit …`.
     """
     from satdifuser.evaluate.results import format_table, results_table
+    from satdifuser.fuse.processes import is_first, joined
     from satdifuser.pipeline import fit_all
     from satdifuser.store.reader import open_store
 
@@ -334,8 +336,10 @@ def fit(
     pipeline = _load(config, (*overrides, *named))
     folder = out or pipeline.output / "runs"
     _check_output(folder, "output (-o)")
-    runs = fit_all(open_store(store), pipeline, folder, overwrite)
-    click.echo(format_table(results_table(runs, "val")))
+    with joined():
+        runs = fit_all(open_store(store), pipeline, folder, overwrite)
+        if is_first():
+            click.echo(format_table(results_table(runs, "val")))
 
 
 @cli.command()

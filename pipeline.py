@@ -284,15 +284,16 @@ def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bo
     from satdifuser.fuse.grid import expand
     from satdifuser.fuse.leaderboard import BOARD_FILE
     from satdifuser.fuse.log import check_log
+    from satdifuser.fuse.processes import is_first
 
     check_task(store, pipeline.fit)
     check_log(pipeline.fit.log)
     candidates, runs = expand(pipeline.fit, store), []
-    if pipeline.evaluate.baselines:
+    if pipeline.evaluate.baselines and is_first():
         runs += fit_baselines(store, pipeline.evaluate, folder, overwrite, pipeline.fit.partition)
     board = folder / BOARD_FILE
     fitted = fit_candidates(store, candidates, folder, new_outcome, overwrite, board)
-    for run in fitted:
+    for run in fitted if is_first() else ():
         ensure_measured_on_val(run, store, pipeline.evaluate)
     return [run.path for run in [*runs, *fitted]]
 

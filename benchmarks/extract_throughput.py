@@ -37,7 +37,6 @@ from safetensors.torch import save_file
 from satdifuser.extract import run
 from satdifuser.extract.background import Background
 from satdifuser.extract.compute import Work, compute_shard
-from satdifuser.extract.device import device_name
 from satdifuser.extract.job import Job
 from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import Plan, make_plan
@@ -45,8 +44,10 @@ from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, FolderSettings
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.fuse.data import MapLoader
+from satdifuser.fuse.inputs import named_inputs
 from satdifuser.fuse.settings import FitSettings
 from satdifuser.fuse.train import loss, new_network
+from satdifuser.store.device import device_name
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.settings import StoreSettings
 from satdifuser.store.writer import open_or_create
@@ -288,7 +289,8 @@ class Bench:
     def train(self, store: FeatureStore, fusion: str) -> None:
         """Forward, backward and step of a fusion on every tile; their features are in memory."""
         settings = FitSettings(projection=384, norm_groups=32, warmup_steps=0)
-        network = new_network(store, settings, fusion).to(self.device)  # type: ignore[arg-type]
+        inputs = named_inputs(store, None, ["*"])
+        network = new_network(store, inputs, settings, fusion).to(self.device)  # type: ignore[arg-type]
         optimizer = torch.optim.Adam(network.parameters())
         size = self.work.batch_size
         maps, targets, _ = next(self.loader(store).batches(np.arange(size), size, None))

@@ -35,8 +35,9 @@ def results_table(runs: Sequence[Path], split: str | None = None) -> pd.DataFram
     Returns:
         Columns run, kind, seeds, metric, split (the reported one), val, reported (means over the seeds),
         spread (standard deviation of reported over the seeds, NaN for one), level, low, high (bootstrap
-        interval of reported; over several seeds the mean of each end), parameters, seconds, chosen
-        (whether this fusion is best on val).
+        interval of reported; over several seeds the mean of each end), parameters, seconds,
+        device_seconds and joules (of training, means over the seeds, NaN where not recorded), chosen (whether
+        this fusion is best on val).
 
     Raises:
         RunError: A run folder is incomplete, or the runs differ in task, partition, split or level.
@@ -194,7 +195,15 @@ def summarise(group: Sequence[Run], split: str | None = None) -> dict[str, Any]:
         "high": float(high),
         "parameters": first["parameters"],
         "seconds": float(np.mean([run.info["seconds"] for run in group])),
+        "device_seconds": mean_cost(group, "device_seconds"),
+        "joules": mean_cost(group, "joules"),
     }
+
+
+def mean_cost(group: Sequence[Run], name: str) -> float:
+    """Mean over the seeds of what a run records of its training's cost; NaN where one does not."""
+    found = [run.info.get(name) for run in group]
+    return math.nan if None in found else float(np.mean(found))
 
 
 def name_of_seeds(info: dict[str, Any]) -> str:
@@ -226,7 +235,10 @@ def format_cells(table: pd.DataFrame) -> list[dict[str, str]]:
             "seeds": ", ".join("–" if seed is None else str(seed) for seed in row["seeds"]),
             "parameters": f"{row['parameters']:,}",
             "seconds": f"{row['seconds']:.1f}",
+            "device seconds": amount(row["device_seconds"]),
         }
+        if table["joules"].notna().any():
+            cells["joules"] = amount(row["joules"])
         rows.append(cells)
     return rows
 
@@ -234,6 +246,11 @@ def format_cells(table: pd.DataFrame) -> list[dict[str, str]]:
 def score(value: float) -> str:
     """Three decimals, or a dash where there is no value."""
     return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def amount(value: float) -> str:
+    """One decimal, or a dash where there is no value."""
+    return "–" if math.isnan(value) else f"{value:,.1f}"
 
 
 def span(low: float, high: float) -> str:

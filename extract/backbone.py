@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from satdifuser.errors import BackboneError, SettingsError
-from satdifuser.extract.device import check_dtype, to_device
+from satdifuser.extract.device import to_device
 from satdifuser.extract.images import resolve_image_size
 from satdifuser.extract.layers import layer_table
 from satdifuser.extract.settings import BackboneSettings, Size
 from satdifuser.extract.unet import Conditions, SatUNet
-from satdifuser.store.device import choose_device
+from satdifuser.store.device import check_dtype, choose_device
 from satdifuser.store.schema import LayerInfo
 
 EMBEDDED = "embedded"
@@ -282,7 +282,8 @@ def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
     """
     device = choose_device(settings.device, "backbone.device")
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    check_dtype(device, dtype)
+    instead = "use float16 (with backbone.overflow: widen where a layer overflows) or float32"
+    check_dtype(device, dtype, "backbone.dtype", instead)
     unet = load_unet(info.unet_folder, settings.metadata)
     vae = load_vae(info.folder / "vae")
     prompts = [settings.prompt] if isinstance(settings.prompt, str) else settings.prompt

@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from satdifuser.errors import DeviceError, FeatureError
 from satdifuser.extract.background import Background
-from satdifuser.extract.device import Fetcher, Stopwatch, device_name
+from satdifuser.extract.device import Fetcher, Stopwatch
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.images import Floats
 from satdifuser.extract.job import Job
 from satdifuser.extract.reading import ReadTile
 from satdifuser.extract.value_range import ValueRange
+from satdifuser.store.device import device_name
 from satdifuser.store.encoding import FORMS, encode
 from satdifuser.store.schema import LayerInfo, group_layers
 from satdifuser.store.writer import Encoded, StoreWriter, TileRow

@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
 from satdifuser.extract.compute import Work
-from satdifuser.extract.device import device_name
+from satdifuser.store.device import device_name, gpu_uuid
 from satdifuser.store.energy import EnergyMeter
 
 
@@ -39,10 +37,3 @@ class ShardCost:
             note["joules"], self._joules = round(joules - self._joules, 3), joules
         self._seconds = now
         return note
-
-
-def gpu_uuid(device: torch.device) -> str | None:
-    """The UUID of a GPU; None for the CPU."""
-    if device.type != "cuda":
-        return None
-    return str(torch.cuda.get_device_properties(device).uuid)

@@ -6,10 +6,8 @@ without waiting, results come back on a queue of their own, and only the thread 
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,24 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from satdifuser.errors import SettingsError
-
 Arrays = dict[str, NDArray[np.generic]]
-
-
-def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse bfloat16 on a GPU that only emulates it, slower than float32.
-
-    Raises:
-        SettingsError: naming the GPU and what it can do.
-    """
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise SettingsError(
-            f"backbone.dtype: bfloat16, but {device_name(device)} does not compute it; use float16 (with "
-            "backbone.overflow: widen where a layer overflows) or float32"
-        )
 
 
 def fix_arithmetic(threads: int) -> None:
@@ -47,16 +28,6 @@ def fix_arithmetic(threads: int) -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-
-
-def device_name(device: torch.device) -> str:
-    """The model of the GPU or of the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from satdifuser.fuse.grid import Candidate, sweep_section
 from satdifuser.fuse.inputs import choose_inputs, join_inputs
 from satdifuser.fuse.leaderboard import describe_first, standings, write_board
 from satdifuser.fuse.log import check_log, open_logs, values_of
+from satdifuser.fuse.processes import is_first
 from satdifuser.fuse.run_folder import (
     CHECKPOINT_FILE,
     RUN_FILE,
@@ -94,17 +95,17 @@ def fit_candidates(
         found = None if overwrite else _finished(folder / one.name, run_identity(store, one))
         done |= {one.name: found} if found else {}
     left = [one for one in candidates if one.name not in done]
-    with tqdm(total=_epochs(left), desc="fit", unit="epoch", disable=None) as bar:
+    with tqdm(total=_epochs(left), desc="fit", unit="epoch", disable=None if is_first() else True) as bar:
         for trainings in _rounds(store, left, folder, overwrite):
             bar.update(sum(training.epoch for training in trainings))
             for advanced in _train(store, trainings, folder, new_scorer):
                 rows = standings(candidates, done, trainings)
                 bar.set_postfix_str(describe_first(rows))
                 bar.update(advanced)
-                if board:
+                if board and is_first():
                     write_board(board, rows)
             done |= {one.candidate.name: _finish(folder, one) for one in trainings}
-    if board:
+    if board and is_first():
         write_board(board, standings(candidates, done, []))
     return [done[one.name] for one in candidates]
 
@@ -133,7 +134,7 @@ def _rounds(
                 waiting = []
             waiting.append(training)
         unseen = data.unseen_classes(waiting[0].positions)
-        if unseen and unseen != warned:
+        if unseen and unseen != warned and is_first():
             warned = unseen
             tqdm.write(_unseen_warning(store, unseen, waiting[0].settings), file=sys.stderr)
         yield waiting
@@ -155,12 +156,12 @@ def _train(
     store: FeatureStore, trainings: Sequence[Training], folder: Path, new_scorer: NewScorer
 ) -> Iterator[int]:
     """Train all to their end; yields after every epoch how many took part."""
-    with open_logs(trainings, folder) as logs:
+    with open_logs(trainings if is_first() else (), folder) as logs:
         for epoch in range(max(training.settings.epochs for training in trainings)):
             active = [training for training in trainings if training.epoch == epoch and not training.is_over]
             if active:
                 run_epoch(active, new_scorer)
-                for training in active:
+                for training in active if is_first() else ():
                     _keep(store, training, folder)
                     if log := logs.get(training.candidate.name):
                         log.write(training.epoch, values_of(training, training.history[-1]))
@@ -179,6 +180,8 @@ def _finish(folder: Path, training: Training) -> Run:
     one, store = training.candidate, training.store
     out = folder / one.name
     info = training.describe() | {"name": one.name, "identity": run_identity(store, one)}
+    if not is_first():
+        return Run(out, info)
     sections = {"fit": sweep_section(one)} | store.attributes.settings
     run = save_run(out, info, sections, training.best, training.statistics)
     (out / CHECKPOINT_FILE).unlink(missing_ok=True)

@@ -349,7 +349,8 @@ class ExpertMixture(nn.Module):
         mixed = x.new_zeros(len(x), self.projection, *x.shape[2:])
         for e, expert in enumerate(self.experts):
             rows = used[:, e].nonzero().squeeze(1)  # an expert runs only on the maps that use it
-            mixed.index_add_(0, rows, expert(x[rows]) * weights[rows, e].view(-1, 1, 1, 1))
+            share = weights[rows, e].view(-1, 1, 1, 1)
+            mixed.index_add_(0, rows, (expert(x[rows]) * share).to(mixed.dtype))  # mixed precision: wider
         return mixed, weights
 
     def gate(self, x: Tensor) -> Tensor:

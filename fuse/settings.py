@@ -22,6 +22,7 @@ from satdifuser.store.settings import Settings
 
 FusionName = Literal["single", "concatenation", "global", "localized", "moe"]
 HeadName = Literal["linear", "shortcut", "upernet"]
+Precision = Literal["float32", "bfloat16", "float16"]
 Task = Literal["classification", "multilabel", "segmentation"]
 Head = HeadName | Literal["auto"]
 LogName = Literal["none", "tensorboard", "wandb"]
@@ -106,6 +107,7 @@ class TrainingSettings(Settings):
     warmup_lr: PositiveFloat = 2e-5
     final_lr: PositiveFloat = 1e-5
     weight_decay: NonNegativeFloat = 0.0
+    precision: Precision = "float32"
     patience: PositiveInt = 10
     min_steps: PositiveInt = 32
     normalise: bool = True

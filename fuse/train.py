@@ -26,15 +26,20 @@ from satdifuser.fuse.fusion import FeatureMaps
 from satdifuser.fuse.grid import Candidate
 from satdifuser.fuse.inputs import Inputs, Statistics, choose_inputs, named_inputs, whole_inputs
 from satdifuser.fuse.network import OURS, Network, Variant, build_network, choose_head, choose_widths
+from satdifuser.fuse.processes import from_first, is_first, number, own_part, parallel, processes, weight_of
 from satdifuser.fuse.run_folder import Run, load_weights
 from satdifuser.fuse.settings import OF_A_SWEEP, FitSettings, FusionName
-from satdifuser.store.device import choose_device
+from satdifuser.store.device import check_dtype, choose_device, device_name, gpu_uuid
+from satdifuser.store.energy import EnergyMeter, sum_if_all_tell
 from satdifuser.store.few_labels import ALL_LABELS
 from satdifuser.store.place import typical_pixel_size
 from satdifuser.store.reader import FeatureStore
 
 MAIN_METRIC = {"classification": "accuracy", "multilabel": "f1_micro", "segmentation": "miou"}
 """What is best of a task: decides on val which epoch, probe or run is chosen."""
+
+COST = ("seconds", "device_seconds", "joules")
+"""Of an epoch and of a whole training: wall time, what of it the device worked on, energy if it is shown."""
 
 Prediction = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Probabilities (B, classes) or (B, classes, H, W), and targets (B,), (B, classes) or (B, H, W)."""
@@ -72,9 +77,14 @@ class Training:
         torch.manual_seed(candidate.seed)
         self.device = choose_device(settings.device, "fit.device")
         self.network = new_network(data.store, self.inputs, settings, candidate.fusion).to(self.device)
+        self.parallel = parallel(self.network)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )
+        self.precision: torch.dtype = getattr(torch, settings.precision)
+        check_dtype(self.device, self.precision, "fit.precision", "use float16 or float32")
+        # float16 alone needs its small gradients scaled up
+        self.scaler = torch.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self.epoch, self.best_epoch, self.best_value = 0, 0, -math.inf
         self.best: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
@@ -107,21 +117,24 @@ class Training:
 
         Args:
             maps: What `data` reads of a batch.
-            targets: Of the same tiles.
+            targets: Of the same tiles; where several processes train, of this one's part of the batch.
             step: Which one of the epoch …
             steps: … of so many.
         """
         began = time.monotonic()
         self.network.train()
-        torch.manual_seed((self.candidate.seed * 100_003 + self.epoch) * 1_000_003 + step)  # dropout
+        drawn = step * processes() + number()
+        torch.manual_seed((self.candidate.seed * 100_003 + self.epoch) * 1_000_003 + drawn)  # dropout
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.epoch + step / steps, self.settings)
-        targets = targets.to(self.device)
-        logits, _ = self.network(self.inputs.maps_of(self.data.inputs, maps), mask_size(targets))
-        value = loss(logits, targets, self.store.attributes.ignore_value)
+        targets, ignore = targets.to(self.device), self.store.attributes.ignore_value
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            logits, _ = self.parallel(self.inputs.maps_of(self.data.inputs, maps), mask_size(targets))
+        value = loss(logits.float(), targets, ignore) * weight_of((targets != ignore).sum())
         self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        self.optimizer.step()
+        self.scaler.scale(value).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self._losses.append(value.item())
         self.seconds += time.monotonic() - began
 
@@ -133,8 +146,8 @@ class Training:
         self.seconds += time.monotonic() - began
         return found
 
-    def close_epoch(self, metrics: dict[str, float], shared_seconds: float) -> None:
-        """End an epoch with its metrics on val; keep the weights if they are the best so far."""
+    def close_epoch(self, metrics: dict[str, float], cost: Mapping[str, float | None]) -> None:
+        """End an epoch with its metrics on val and its cost; keep the weights if they are the best so far."""
         task = str(self.store.attributes.task)
         value = metrics[MAIN_METRIC[task]]
         if not math.isfinite(value):
@@ -145,7 +158,7 @@ class Training:
             self.best_value, self.best_epoch = value, self.epoch
             self.best = copy.deepcopy(self.network.state_dict())
         row = {"epoch": self.epoch, "train_loss": float(np.mean(self._losses)), "val": metrics}
-        self.history.append(row | {"seconds": round(self.seconds + shared_seconds, 3)})
+        self.history.append(row | cost)
         self._losses, self.seconds = [], 0.0
 
     def state(self) -> dict[str, Any]:
@@ -153,6 +166,7 @@ class Training:
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "best": self.best,
             "epoch": self.epoch,
             "best_epoch": self.best_epoch,
@@ -166,6 +180,7 @@ class Training:
             return
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         for name in ("best", "epoch", "best_epoch", "best_value", "history"):
             setattr(self, name, state[name])
 
@@ -186,33 +201,63 @@ class Training:
         return {
             "history": self.history,
             "best_epoch": self.best_epoch,
-            "seconds": round(sum(row["seconds"] for row in self.history), 3),
-        }
+        } | {name: sum_if_all_tell([row.get(name) for row in self.history]) for name in COST}
 
 
 def run_epoch(trainings: Sequence[Training], new_scorer: NewScorer) -> None:
     """Train one epoch of each on the same batches, and measure them on validation.
 
+    Where several processes train, each takes its part of every batch, and the first one measures.
+
     Args:
         trainings: Of the same data, tiles, seed and batch size, with as many epochs behind them.
         new_scorer: Measures predictions.
     """
-    began = time.monotonic()
     first = trainings[0]
+    began, meter = time.monotonic(), EnergyMeter(gpu_uuid(first.device))
     data, size = first.data, first.settings.batch_size
     order = first.positions[training_order(len(first.positions), size, first.order_seed, first.min_steps)]
-    steps = -(-len(order) // size)
-    for step, (maps, targets) in enumerate(data.train.labelled_batches(order, size, data.statistics)):
+    steps, part = -(-len(order) // size), own_part(order, size)
+    batches = data.train.labelled_batches(part, size // processes(), data.statistics)
+    for step, (maps, targets) in enumerate(batches):
         for training in trainings:
             training.learn(maps, targets, step, steps)
+    metrics = from_first(measure(trainings, new_scorer) if is_first() else [])
+    costs = share_cost([training.seconds for training in trainings], time.monotonic() - began, meter.joules())
+    for training, found, cost in zip(trainings, metrics, costs, strict=True):
+        training.close_epoch(found, cost)
+
+
+def measure(trainings: Sequence[Training], new_scorer: NewScorer) -> list[dict[str, float]]:
+    """Metrics on validation of trainings that share their batches."""
+    data, size = trainings[0].data, trainings[0].settings.batch_size
     scorers = [new_scorer(data.store) for _ in trainings]
     for maps, targets in data.val.labelled_batches(np.arange(len(data.val.rows)), size, data.statistics):
         for training, scorer in zip(trainings, scorers, strict=True):
             scorer.add(*training.predict(maps, targets))
-    own = sum(training.seconds for training in trainings)
-    shared = (time.monotonic() - began - own) / len(trainings)
-    for training, scorer in zip(trainings, scorers, strict=True):
-        training.close_epoch(scorer.metrics(), shared)
+    return [scorer.metrics() for scorer in scorers]
+
+
+def share_cost(own: Sequence[float], seconds: float, joules: float | None) -> list[dict[str, float | None]]:
+    """What each of several trainings cost that shared their batches.
+
+    Args:
+        own: Seconds of the device for each; the rest of the time is shared evenly.
+        seconds: All of them took together.
+        joules: All of them used, shared as the time is; None where the machine does not tell.
+
+    Returns:
+        A row of `COST` for each.
+    """
+    each = [mine + (seconds - sum(own)) / len(own) for mine in own]
+    return [
+        {
+            "seconds": round(whole, 3),
+            "device_seconds": round(mine, 3),
+            "joules": None if joules is None else round(joules * whole / seconds, 3),
+        }
+        for whole, mine in zip(each, own, strict=True)
+    ]
 
 
 def describe_run(
@@ -241,6 +286,7 @@ def describe_run(
     projection, norm_groups = choose_widths(inputs.channels, settings)
     head = choose_head(a.task, settings) if a.task else None
     partition = store.choose_partition(settings.partition)
+    device = choose_device(settings.device, "fit.device")
     return {
         "format_version": 1,
         "kind": "fusion",
@@ -263,7 +309,9 @@ def describe_run(
             "head": head,
             "projection": projection,
             "norm_groups": norm_groups,
-            "device": str(choose_device(settings.device, "fit.device")),
+            "device": str(device),
+            "device_name": device_name(device),
+            "processes": processes(),
         },
         "parameters": sum(p.numel() for p in network.parameters()),
         "weights": mixing_weights(inputs, state) if fusion == "global" else None,
@@ -299,13 +347,14 @@ def mask_size(targets: Tensor) -> tuple[int, int] | None:
 def training_order(tiles: int, batch_size: int, seed: list[int], min_steps: int = 0) -> NDArray[np.intp]:
     """A shuffled order of tiles, all of them as often as `min_steps` batches need.
 
-    A last batch of one tile is left out, since batch norm needs two.
+    A last batch of one tile for a process is left out, since batch norm needs two.
     """
     generator = np.random.default_rng(seed)
     rounds = max(1, -(-min_steps * batch_size // tiles))
     order: NDArray[np.intp] = np.concatenate([generator.permutation(tiles) for _ in range(rounds)])
     order = order[: max(tiles, min_steps * batch_size)]
-    return order[:-1] if len(order) > 1 and len(order) % batch_size == 1 else order
+    last = len(order) % batch_size
+    return order[:-last] if 0 < last < 2 * processes() and last < len(order) else order
 
 
 def new_network(

@@ -1,7 +1,9 @@
-"""The device that a setting names; torch is loaded when one is asked for."""
+"""The device that a setting names, and how it is called; torch is loaded when one is asked for."""
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from satdifuser.errors import SettingsError
@@ -31,3 +33,44 @@ def choose_device(device: str, setting: str) -> torch.device:
         problem = f"{setting}: {device!r} is not available here: {error}; use auto or cpu"
         raise SettingsError(problem) from error
     return chosen
+
+
+def check_dtype(device: torch.device, dtype: torch.dtype, setting: str, instead: str) -> None:
+    """Refuse bfloat16 on a GPU that only emulates it, slower than float32.
+
+    Args:
+        device: Which computes …
+        dtype: … in this type.
+        setting: What names the type, for the message.
+        instead: What else to do.
+
+    Raises:
+        SettingsError: naming the GPU.
+    """
+    import torch
+
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise SettingsError(f"{setting}: bfloat16, but {device_name(device)} does not compute it; {instead}")
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU or of the CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def gpu_uuid(device: torch.device) -> str | None:
+    """The UUID of a GPU; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).uuid)

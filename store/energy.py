@@ -6,12 +6,13 @@ that of each package (RAPL in Linux's powercap, on most systems for root alone).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 POWERCAP = Path("/sys/class/powercap")
-Counter = Callable[[], float]  # joules, ever growing
+EnergyCounter = Callable[[], float]  # joules, ever growing
 
 
 class EnergyMeter:
@@ -32,7 +33,7 @@ class EnergyMeter:
         return sum(counter() - begun for counter, begun in zip(self._counters, self._begun, strict=True))
 
 
-def gpu_counters(uuid: str) -> list[Counter]:
+def gpu_counters(uuid: str) -> list[EnergyCounter]:
     """The energy counter of a GPU; none where NVML is not installed or the GPU has none."""
     try:
         import pynvml
@@ -45,9 +46,9 @@ def gpu_counters(uuid: str) -> list[Counter]:
     return [lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000]
 
 
-def cpu_counters(root: Path = POWERCAP) -> list[Counter]:
+def cpu_counters(root: Path = POWERCAP) -> list[EnergyCounter]:
     """The energy counters of the CPU's packages; none where they cannot be read."""
-    counters: list[Counter] = []
+    counters: list[EnergyCounter] = []
     for zone in sorted(root.glob("intel-rapl:*")):
         if zone.name.count(":") > 1:  # part of a package
             continue
@@ -81,16 +82,26 @@ def total_cost(records: list[dict[str, Any]]) -> dict[str, Any]:
     """What all shards of a store cost together, from their commit records.
 
     Returns:
-        ``device_seconds``, ``joules`` (None unless every shard tells) and ``devices``: shards by device.
+        ``device_seconds`` and ``joules`` (each None unless every shard tells), ``devices``: shards by device.
     """
     told = [record for record in records if record]
-    devices: dict[str, int] = {}
-    for record in told:
-        name = str(record.get("device", "unknown"))
-        devices[name] = devices.get(name, 0) + 1
-    joules = [record.get("joules") for record in told]
     return {
-        "device_seconds": round(sum(float(record.get("device_seconds", 0)) for record in told), 3),
-        "joules": None if not joules or None in joules else round(sum(float(j) for j in joules if j), 1),
-        "devices": devices,
+        "device_seconds": sum_if_all_tell([record.get("device_seconds") for record in told]),
+        "joules": sum_if_all_tell([record.get("joules") for record in told]),
+        "devices": dict(Counter(str(record.get("device", "unknown")) for record in told)),
     }
+
+
+def sum_if_all_tell(values: Sequence[float | None]) -> float | None:
+    """A sum that does not pass for the whole where a part is unknown; None then, and for nothing."""
+    known = [value for value in values if value is not None]
+    return round(sum(known), 3) if known and len(known) == len(values) else None
+
+
+def cost_text(cost: Mapping[str, Any]) -> str:
+    """What `total_cost` found, in words."""
+    if cost["device_seconds"] is None:
+        return "not recorded of every shard (copied, merged, grown, or of an older version)"
+    joules = cost["joules"]
+    energy = "energy not shown there" if joules is None else f"{joules:,.1f} J"
+    return f"{cost['device_seconds']:,.1f} device seconds on {', '.join(cost['devices'])}; {energy}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from satdifuser.store.energy import cost_text, total_cost
 from satdifuser.store.reader import FeatureStore
 
 
@@ -38,6 +39,7 @@ def describe_store(store: FeatureStore) -> dict[str, Any]:
         "layers": [layer.model_dump() for layer in a.layers],
         "encoding": a.encoding,
         "bytes": store.size_bytes(),
+        "cost": total_cost(store.commits),
         "backbone": a.backbone,
         "hashes": store.hashes().model_dump(),
         "content_digest": store.content_digest(),
@@ -61,6 +63,7 @@ def format_store(store: FeatureStore) -> str:
             f"partition  {name}{' (in use)' * (name == facts['partition'])}: {store.splits_text(name)}"
             for name in store.partitions()
         ]
+    lines += [f"cost       {cost_text(facts['cost'])}"]
     lines += [f"digest     {facts['content_digest'] or 'none: shards are missing'}"]
     lines += [
         f"metadata   {count} tiles without {name}"

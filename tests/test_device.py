@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import succeed
 from diffusers import DDIMScheduler
 from made_up import tiny_unet, tiny_vae
 from safetensors.torch import save_file
@@ -17,19 +19,20 @@ from safetensors.torch import save_file
 import satdifuser.extract.batch_size as batch_size
 import satdifuser.extract.compute as compute
 import satdifuser.extract.job as job_module
+import satdifuser.store.energy as energy
 from satdifuser.errors import BackboneError, DeviceError, FeatureError, SettingsError
 from satdifuser.extract.backbone import find_backbone, load_backbone
 from satdifuser.extract.batch_size import equal_parts, largest_fitting
 from satdifuser.extract.compiled import CompiledTaps
 from satdifuser.extract.compute import mend
-from satdifuser.extract.device import check_dtype
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.job import Job
 from satdifuser.extract.layers import layer_table, select_layers, tapped
 from satdifuser.extract.run import extract
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, SyntheticSettings
 from satdifuser.extract.unet import Conditions
-from satdifuser.store.energy import EnergyMeter, cpu_counters, total_cost
+from satdifuser.store.device import check_dtype, device_name
+from satdifuser.store.energy import EnergyMeter, cost_text, cpu_counters, total_cost
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.settings import StoreSettings
 from satdifuser.store.verify import verify
@@ -229,11 +232,11 @@ def test_a_gpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(
-        SettingsError, match=r"bfloat16, but Tesla T4 does not compute it; use float16 .* or float32"
+        SettingsError, match=r"^backbone\.dtype: bfloat16, but Tesla T4 does not compute it; use float16$"
     ):
-        check_dtype(torch.device("cuda"), torch.bfloat16)
-    check_dtype(torch.device("cuda"), torch.float16)
-    check_dtype(torch.device("cpu"), torch.bfloat16)
+        check_dtype(torch.device("cuda"), torch.bfloat16, "backbone.dtype", "use float16")
+    check_dtype(torch.device("cuda"), torch.float16, "backbone.dtype", "")
+    check_dtype(torch.device("cpu"), torch.bfloat16, "backbone.dtype", "")
 
 
 # --- compiled
@@ -337,3 +340,18 @@ def test_the_cost_of_a_store_is_in_its_commit_records(folder: Path, tmp_path: Pa
     with_joules = [{"device": "x", "device_seconds": 1, "joules": 2.0}, {"device": "x", "joules": 3.0}]
     assert total_cost(with_joules)["joules"] == 5.0
     assert total_cost([*with_joules, {"device": "x"}, {}])["joules"] is None
+    assert total_cost(with_joules)["device_seconds"] is None  # one shard does not tell
+    assert total_cost([])["device_seconds"] is None
+
+
+def test_store_info_shows_the_cost(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "cpu_counters", list)  # a machine without RAPL
+    store = extract(make_job(folder), tmp_path / "s.zarr")
+    cost = json.loads(succeed("store", "info", "--json", tmp_path / "s.zarr"))["cost"]
+    assert cost == total_cost(store.commits)
+    assert cost["device_seconds"] > 0
+    assert cost["joules"] is None
+    line = f"cost       {cost['device_seconds']:,.1f} device seconds on {device_name(torch.device('cpu'))}; "
+    assert line + "energy not shown there" in succeed("store", "info", tmp_path / "s.zarr")
+    assert cost_text(cost | {"joules": 1234.5}).endswith("; 1,234.5 J")
+    assert cost_text(total_cost([{}])).startswith("not recorded of every shard")

@@ -84,9 +84,9 @@ def test_runs_that_differ_in_more_than_the_seed_keep_their_rows(
 
 def test_the_table_reads_as_text(runs: list[Path]) -> None:
     lines = format_table(results_table(runs)).splitlines()
-    heading = r"run +val accuracy +test accuracy +95% interval +seeds +parameters +seconds"
+    heading = r"run +val accuracy +test accuracy +95% interval +seeds +parameters +seconds +device seconds"
     assert re.fullmatch(heading, lines[0])
-    first = r"\* global \+ linear +0\.850 +0\.720 ± 0\.028 +0\.670 to 0\.770 +0, 1 +123,456 +12\.3"
+    first = r"\* global \+ linear +0\.850 +0\.720 ± 0\.028 +0\.670 to 0\.770 +0, 1 +123,456 +12\.3 +–"
     assert re.fullmatch(first, lines[2])
     assert lines[3].startswith("colour (baseline) ")
     sentence = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from made_up import RANDOM_STEPS, random_mask_row, random_row, random_store
 from satdifuser.errors import RunError, SettingsError, StoreError
 from satdifuser.evaluate.chosen import best_of_each
 from satdifuser.evaluate.evaluation import check_features, ensure_measured_on_val, evaluate_run, new_outcome
-from satdifuser.evaluate.results import results_table
+from satdifuser.evaluate.results import format_cells, results_table
 from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse import fit as fit_module
 from satdifuser.fuse.data import MapLoader, TrainingData
@@ -24,9 +25,10 @@ from satdifuser.fuse.fit import fit, fit_candidates
 from satdifuser.fuse.fusion import ConcatenationFusion
 from satdifuser.fuse.grid import Candidate, expand, sweep_section
 from satdifuser.fuse.inputs import choose_inputs, join_inputs, named_inputs
-from satdifuser.fuse.run_folder import Run
+from satdifuser.fuse.run_folder import Run, load_weights
 from satdifuser.fuse.settings import FitSettings, SweepSettings
-from satdifuser.fuse.train import NewScorer, Training, run_epoch
+from satdifuser.fuse.train import COST, NewScorer, Training, run_epoch, share_cost
+from satdifuser.store import energy
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import LayerInfo
 
@@ -123,8 +125,8 @@ GRID = SweepSettings(
 
 def facts(run: Run) -> dict[str, Any]:
     """A run.json without what may differ between two trainings of the same network."""
-    told = {k: v for k, v in run.info.items() if k not in ("name", "seconds")}
-    return told | {"history": [{k: v for k, v in e.items() if k != "seconds"} for e in run.info["history"]]}
+    told = {k: v for k, v in run.info.items() if k not in ("name", *COST)}
+    return told | {"history": [{k: v for k, v in e.items() if k not in COST} for e in run.info["history"]]}
 
 
 def test_networks_that_share_batches_end_where_each_ends_alone(store: FeatureStore, tmp_path: Path) -> None:
@@ -402,3 +404,45 @@ def test_a_candidate_alone_is_a_pipeline_file(store: FeatureStore) -> None:
         again = expand(SweepSettings.model_validate(sweep_section(one)), store)
         assert [(c.fusion, c.seed, c.settings) for c in again] == [(one.fusion, one.seed, one.settings)]
         assert isinstance(again[0], Candidate)
+
+
+# --- cost
+
+
+def test_trainings_that_share_batches_share_their_cost() -> None:
+    first, second = share_cost([1.0, 2.0], seconds=5.0, joules=100.0)
+    assert first == {"seconds": 2.0, "device_seconds": 1.0, "joules": 40.0}
+    assert second == {"seconds": 3.0, "device_seconds": 2.0, "joules": 60.0}
+    assert share_cost([1.0], 1.5, None) == [{"seconds": 1.5, "device_seconds": 1.0, "joules": None}]
+
+
+@pytest.mark.parametrize("counters", [[], [itertools.count().__next__]], ids=["without RAPL", "with"])
+def test_a_run_records_its_cost_and_the_table_shows_it(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counters: list[Any]
+) -> None:
+    monkeypatch.setattr(energy, "cpu_counters", lambda: counters)
+    run = fit(store, FitSettings(**QUICK), "global", 0, tmp_path / "run", new_outcome)
+    assert run.info["device_seconds"] == pytest.approx(sum(e["device_seconds"] for e in run.info["history"]))
+    assert 0 < run.info["device_seconds"] <= run.info["seconds"]
+    assert run.info["joules"] == (2.0 if counters else None)  # one between the two readings of each epoch
+    evaluate_run(run.path, store.path, EvaluateSettings(bootstrap=10, pictures=1))
+    table = results_table([run.path])
+    (cells,) = format_cells(table)
+    assert cells["device seconds"] == f"{run.info['device_seconds']:.1f}"
+    assert cells.get("joules") == ("2.0" if counters else None)
+
+
+@pytest.mark.parametrize("fusion", ["global", "localized", "moe"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_trains_nearly_alike(
+    store: FeatureStore, tmp_path: Path, fusion: Any, precision: str
+) -> None:
+    wide, narrow = (
+        fit(store, FitSettings(**QUICK, precision=p), fusion, 0, tmp_path / p, new_outcome)  # type: ignore[arg-type]
+        for p in ("float32", precision)
+    )
+    for ours, theirs in zip(narrow.info["history"], wide.info["history"], strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.05)
+        assert ours["train_loss"] != theirs["train_loss"]
+    state, _ = load_weights(narrow)
+    assert {value.dtype for name, value in state.items() if name != "fusion.forwards"} == {torch.float32}

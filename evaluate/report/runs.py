@@ -86,7 +86,8 @@ def results_figures(results: pd.DataFrame, task: str, command: str) -> list[Figu
             Table(rows),
             f"Highest on val first. {choice_sentence(results)} Runs that differ only in the random seed "
             "share a row: means of the figures and of the ends of the interval, ± the standard deviation "
-            "over the seeds. Parameters are the trained ones; seconds are the time to train.",
+            "over the seeds. Parameters are the trained ones; seconds are the time to train, device seconds "
+            "what of it the device worked on; joules are shown where the machine measures them.",
             command,
             pd.DataFrame(rows),
         ),

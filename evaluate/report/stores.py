@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satdifuser.errors import SatDiFuserError, StoreError
+from satdifuser.store.energy import cost_text, total_cost
 from satdifuser.store.location import Location
 from satdifuser.store.reader import FeatureStore, Indices, open_store
 
@@ -88,5 +89,6 @@ def facts(store: FeatureStore, partition: str) -> dict[str, str]:
         "noising": f"{extraction.get('noising', 'not stated')}, timesteps {', '.join(map(str, a.timesteps))}",
         "layers": f"{len(a.layers)}, at {strides} px per cell",
         "encoding": f"{a.encoding}, {store.size_bytes() / 1e6:.1f} MB",
+        "extraction cost": cost_text(total_cost(store.commits)),
         "feature hash": a.planned.feature,
     }
