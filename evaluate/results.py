@@ -203,7 +203,7 @@ def summarise(group: Sequence[Run], split: str | None = None) -> dict[str, Any]:
 def mean_cost(group: Sequence[Run], name: str) -> float:
     """Mean over the seeds of what a run records of its training's cost; NaN where one does not."""
     found = [run.info.get(name) for run in group]
-    return math.nan if None in found else float(np.mean(found))
+    return float(np.mean([math.nan if cost is None else cost for cost in found]))
 
 
 def name_of_seeds(info: dict[str, Any]) -> str:

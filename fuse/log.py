@@ -100,11 +100,10 @@ def open_logs(trainings: Sequence[Training], folder: Path) -> Iterator[dict[str,
         trainings: Of one sweep.
         folder: Holds their folders.
     """
-    kind = trainings[0].settings.log
     with ExitStack() as stack:
         logs: dict[str, Log] = {}
-        for training in trainings if kind != "none" else ():
-            log = logs[training.candidate.name] = LOGS[kind](training, folder)
+        for training in (one for one in trainings if one.settings.log != "none"):
+            log = logs[training.candidate.name] = LOGS[training.settings.log](training, folder)
             stack.callback(log.close)
             for row in training.history:
                 log.write(row["epoch"], values_of(training, row))

@@ -157,8 +157,8 @@ class Training:
         if value > self.best_value:
             self.best_value, self.best_epoch = value, self.epoch
             self.best = copy.deepcopy(self.network.state_dict())
-        row = {"epoch": self.epoch, "train_loss": float(np.mean(self._losses)), "val": metrics}
-        self.history.append(row | cost)
+        loss_of_epoch = float(np.mean(self._losses))
+        self.history.append({"epoch": self.epoch, "train_loss": loss_of_epoch, "val": metrics, **cost})
         self._losses, self.seconds = [], 0.0
 
     def state(self) -> dict[str, Any]:
