@@ -276,6 +276,8 @@ def test_a_run_folder_holds_its_resolved_settings(store: FeatureStore, tmp_path:
         "projection": 96,
         "norm_groups": 8,
         "device": run.info["resolved"]["device"],
+        "device_name": run.info["resolved"]["device_name"],
+        "processes": 1,
     }
     assert run.info["resolved"]["device"] in ("cpu", "cuda")
     sections = yaml.safe_load((run.path / "settings.yaml").read_text())
