@@ -101,11 +101,7 @@ def fit_run(folder: Path, tile: int) -> Path:
     make_backbone(folder / "backbone", BACKBONE)
     source = {"kind": "scenes", "root": part / "scene.tif", "tile_size": tile}
     settings = [f"--set=source.{name}={value}" for name, value in source.items()]
-    settings += [
-        f"--set=backbone.model={folder / 'backbone'}",
-        "--set=extract.timesteps=[61]",
-        "--set=extract.threads=1",
-    ]
+    settings += [f"--set=backbone.model={folder / 'backbone'}", "--set=extract.timesteps=[61]", ONE_THREAD]
     fit = [f"--set=fit.{name}" for name in ("fusion=[global]", "head=linear", "projection=16", "epochs=1")]
     fit += ["--set=fit.norm_groups=4", "--set=evaluate.baselines=false"]
     for words in (
