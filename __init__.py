@@ -115,7 +115,6 @@ def extract(
         source = {"kind": "folder", "root": "eurosat"}    # one folder of images per class
         store = satdifuser.extract(source, "embedded", "eurosat.zarr", extract={"timesteps": [21, 61]})
     """
-    from satdifuser.extract.job import Job
     from satdifuser.extract.run import extract as run_extraction
     from satdifuser.pipeline import validate_settings
 
@@ -126,8 +125,7 @@ def extract(
         "store": store or {},
     }
     settings = validate_settings(sections, "satdifuser.extract")
-    job = Job(settings.source, settings.backbone, settings.extract, settings.store)
-    return run_extraction(job, Path(out), overwrite)
+    return run_extraction(settings.job(), Path(out), overwrite)
 
 
 def label(store: FeatureStore | str | Path, labels: str | Path, **settings: Any) -> FeatureStore:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from satdifuser.errors import SatDiFuserError, SettingsError
+from satdifuser.options import (
+    as_overrides,
+    few_labels_options,
+    override_option,
+    pipeline_options,
+    space_option,
+    spread_options,
+)
 from satdifuser.store.commands import (
     StorePlace,
     json_option,
@@ -70,24 +78,6 @@ def cli() -> None:
 cli.add_command(store)
 
 
-def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of every command that reads a pipeline file."""
-    command = click.option(
-        "--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable."
-    )(command)
-    return click.option(
-        "-c",
-        "--config",
-        type=click.Path(path_type=Path),
-        help="Pipeline file, or the name of a preset.  [default: the packaged pipeline.yaml]",
-    )(command)
-
-
-space_option = click.option(
-    "--ignore-free-space", is_flag=True, help="Extract even if the disk looks too small for the result."
-)
-
-
 def _load(config: Path | None, overrides: tuple[str, ...]) -> Pipeline:
     from satdifuser.pipeline import load_pipeline
 
@@ -126,7 +116,7 @@ def _telling_what_is_kept(store: Path) -> Iterator[None]:
 
 @cli.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
+@override_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Output folder, in place of `output`.")
 @overwrite_option
 @space_option
@@ -138,7 +128,7 @@ def run(
     ignore_free_space: bool,
 ) -> None:
     """Run all stages of a pipeline file: extract, fit, evaluate, report."""
-    from satdifuser.pipeline import run_pipeline
+    from satdifuser.stages import run_pipeline
 
     pipeline = _load(config, overrides)
     if out is not None:
@@ -176,13 +166,12 @@ def plan(
     config: Path | None, overrides: tuple[str, ...], out: Path | None, no_trial: bool, as_json: bool
 ) -> None:
     """Say what `extract` would hold, cost and take, before anything is written."""
-    from satdifuser.extract.job import Job
     from satdifuser.extract.plan import make_plan
     from satdifuser.extract.plan_text import describe_plan, format_plan
     from satdifuser.extract.trial import time_batches
 
     pipeline = _load(config, overrides)
-    job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
+    job = pipeline.job()
     planned = make_plan(job, out or pipeline.store_path)
     trial = None if no_trial or not planned.left else time_batches(planned)
     click.echo(json.dumps(describe_plan(planned, trial)) if as_json else format_plan(planned, trial))
@@ -212,8 +201,7 @@ def layers(config: Path | None, overrides: tuple[str, ...], show_all: bool, as_j
 @click.option("--add-layers", metavar="NAMES", help="… by these layers: names or patterns, commas between.")
 @click.option("--add-tiles", is_flag=True, help="… by the tiles that its source has by now.")
 @click.option("--relabel", is_flag=True, help="Give it its source's labels, classes and partitions of now.")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes on this machine, one per GPU.")
-@click.option("--scheduler", metavar="ADDRESS", help="Use the workers of a Dask scheduler: tcp://HOST:8786.")
+@spread_options
 @click.option("--shard", "part", metavar="I/N", help="Only part I of N, from 1: for job arrays.")
 @overwrite_option
 @space_option
@@ -234,9 +222,8 @@ def extract(
     """Write the features of a source's tiles to a store, or go on where an earlier run stopped.
 
     With --add-… and --relabel the settings are those that the store holds, unless -c names a file.
-    --workers, --scheduler and --shard spread the work, with the same result: see docs/scale.md.
+    --workers (one per GPU), --scheduler and --shard spread the work, with the same result: see docs/scale.md.
     """
-    from satdifuser.extract.job import Job
     from satdifuser.extract.run import parse_part
 
     grows = bool(add_timesteps or add_layers or add_tiles or relabel)
@@ -248,13 +235,13 @@ def extract(
         if out is None:
             raise SettingsError("-o: missing; name the store that is to grow, e.g. -o eurosat.zarr")
         pipeline = _load(config, overrides) if config else load_stored(out, overrides)
-        job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
+        job = pipeline.job()
         steps = whole_numbers("--add-timesteps", add_timesteps) if add_timesteps else []
         additions = Additions(steps, add_layers.split(",") if add_layers else [], add_tiles, relabel)
         click.echo(grow(job, out, additions, overwrite, ignore_free_space))
         return
     pipeline = _load(config, overrides)
-    job = Job(pipeline.source, pipeline.backbone, pipeline.extract, pipeline.store)
+    job = pipeline.job()
     path = out or pipeline.store_path
     _check_output(path.parent, "store.path (-o)")
     with _telling_what_is_kept(path):
@@ -305,9 +292,7 @@ def label(store: Location, labels: Path, config: Path | None, overrides: tuple[s
 @store_argument
 @pipeline_options
 @click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Train with the seeds 0 … N-1.")
-@click.option("--labels", metavar="1%,10%", help="Learn from few labels: shares of the training tiles.")
-@click.option("--shots", metavar="1,5", help="… or so many training tiles of each class.")
-@click.option("--draws", type=click.IntRange(min=1), metavar="N", help="Draw few labels so often.")
+@few_labels_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the runs.")
 @overwrite_option
 def fit(
@@ -328,11 +313,11 @@ def fit(
     """
     from satdifuser.evaluate.results import format_table, results_table
     from satdifuser.fuse.processes import is_first, joined
-    from satdifuser.pipeline import fit_all
+    from satdifuser.stages import fit_all
     from satdifuser.store.reader import open_store
 
-    asked = {"seeds": list(range(seeds)) if seeds else None, "labels": labels, "shots": shots, "draws": draws}
-    named = [f"fit.{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
+    numbered = list(range(seeds)) if seeds else None
+    named = as_overrides("fit", seeds=numbered, labels=labels, shots=shots, draws=draws)
     pipeline = _load(config, (*overrides, *named))
     folder = out or pipeline.output / "runs"
     _check_output(folder, "output (-o)")
@@ -345,13 +330,10 @@ def fit(
 @cli.command()
 @store_argument
 @pipeline_options
-@click.option("--labels", metavar="1%,10%", help="Learn from few labels: shares of the training tiles.")
-@click.option("--shots", metavar="1,5", help="… or so many training tiles of each class.")
-@click.option("--draws", type=click.IntRange(min=1), metavar="N", help="Draw few labels so often.")
+@few_labels_options
 @click.option("--partition", metavar="NAME", help="Which partition of the store gives train, val and test.")
 @click.option("--no-test", is_flag=True, help="Leave the test split unread; a later call can measure on it.")
-@click.option("--workers", type=click.IntRange(min=1), help="Dask processes on this machine.")
-@click.option("--scheduler", metavar="ADDRESS", help="Use the workers of a Dask scheduler: tcp://HOST:8786.")
+@spread_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the probe.")
 @overwrite_option
 @json_option
@@ -378,14 +360,13 @@ def probe(
     from satdifuser.evaluate.probe_folder import open_probe
     from satdifuser.evaluate.probe_sweep import probe_store
     from satdifuser.evaluate.probe_text import format_probe, summarise_probe
-    from satdifuser.pipeline import command_line
+    from satdifuser.stages import command_line
     from satdifuser.store.cluster import Cluster
     from satdifuser.store.reader import open_store
 
     if workers and scheduler:
         raise SettingsError("--workers and --scheduler: each is a way by itself; name one of them")
-    asked = {"labels": labels, "shots": shots, "draws": draws, "partition": partition}
-    named = [f"probe.{name}={json.dumps(value)}" for name, value in asked.items() if value is not None]
+    named = as_overrides("probe", labels=labels, shots=shots, draws=draws, partition=partition)
     pipeline = _load(config, (*overrides, *named))
     folder = out or pipeline.output / "probe"
     _check_output(folder, "output (-o)")
@@ -516,7 +497,7 @@ def _assess(
     "--store", "keep", type=click.Path(path_type=Path), help="Keep the scene's features in this store."
 )
 @click.option("--tiles", default="*", show_default=True, help="Of a store: only tiles whose id matches this.")
-@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting; repeatable.")
+@override_option
 @overwrite_option
 def predict(
     run_folder: Path,
@@ -541,7 +522,7 @@ def predict(
     """
     from satdifuser.evaluate.maps.pixel_maps import MapOptions
     from satdifuser.evaluate.maps.predict import Request, parse_window
-    from satdifuser.pipeline import SceneRequest, run_prediction
+    from satdifuser.stages import SceneRequest, run_prediction
 
     _check_output(out.parent, "-o")
     part = parse_window(window) if window else None
@@ -568,7 +549,7 @@ def report(
     """
     from satdifuser.evaluate.chosen import ensure_reported
     from satdifuser.evaluate.report.page import write_report
-    from satdifuser.pipeline import command_line
+    from satdifuser.stages import command_line
 
     _check_output(out.parent, "-o")
     ensure_reported(folders, split, stores)
@@ -606,7 +587,7 @@ def view(
     from satdifuser.evaluate.view.rasters import parse_bands
     from satdifuser.fuse.predictor import Predictor
     from satdifuser.fuse.run_folder import open_run
-    from satdifuser.pipeline import command_line
+    from satdifuser.stages import command_line
 
     _check_output(out.parent, "-o")
     choice = Choice(timestep, layers.split(",") if layers else [])

@@ -1,13 +1,13 @@
 """What each encoding costs and keeps: bytes, error of the centred features, and the score of a fusion.
 
-    python benchmarks/encodings.py FLOAT32_STORE --out FOLDER [--seeds 5] [--epochs 20] [--tested-only]
+    python benchmarks/encodings.py FLOAT32_STORE --out FOLDER [--seeds 5] [--epochs 20] [--trained-on int8]
 
 FLOAT32_STORE is extracted with `--set store.encoding=float32` from labelled tiles. FOLDER keeps a copy in
 each encoding, and one run of the global fusion per encoding and seed; the command goes on where it stopped.
 The error of a layer is that of its maps minus their channel means, which carry much of their energy.
 "Tested on it": the networks of float32, measured on the test tiles of each encoding, their change in points.
 It shows what an encoding loses; two trainings of one seed part by chance, whatever their features differ in.
-With --tested-only nothing is trained on the others, and their scores are those of the networks of float32.
+Where --trained-on names some encodings, the score of the others is that of the networks of float32.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
         store = copy_store(original, args.out / f"{encoding}.zarr", settings=encoded(encoding))
         errors = layer_errors(original, store)
         kept = [tested(run, store) for run in exact]
-        again = encoding != "float32" and not args.tested_only
+        again = encoding != "float32" and encoding in args.trained_on
         runs = [trained(store, seed, args) for seed in range(args.seeds)] if again else []
         scores = [tested(run, store) for run in runs] or kept
         changes = [found - score for found, score in zip(kept, own, strict=True)]
@@ -68,7 +68,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="for the copies and the runs")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--tested-only", action="store_true", help="train on float32 alone")
+    parser.add_argument(
+        "--trained-on",
+        type=lambda names: names.split(","),
+        default=get_args(Encoding),
+        help="encodings to train on beside float32, commas between; default: all",
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=0.004)
     return parser.parse_args()

@@ -28,6 +28,10 @@ def read_in_parts(read: Callable[[slice], None], tiles: int, tile_bytes: int) ->
     """
     alone = tile_bytes <= SMALL_TILE_BYTES
     size = max(1, min(tiles if alone else -(-tiles // 2), PART_BYTES // max(1, tile_bytes)))
+    if alone:
+        for start in range(0, tiles, size):
+            read(slice(start, start + size))
+        return
     parts = deque(slice(start, start + size) for start in range(0, tiles, size))
 
     def read_on() -> None:
@@ -38,9 +42,6 @@ def read_in_parts(read: Callable[[slice], None], tiles: int, tile_bytes: int) ->
                 return
             read(part)
 
-    if alone:
-        read_on()
-        return
     beside = _second_reader(os.getpid()).submit(read_on)
     try:
         read_on()

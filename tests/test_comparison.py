@@ -35,7 +35,8 @@ from satdifuser.fuse.fit import fit_candidates
 from satdifuser.fuse.grid import expand
 from satdifuser.fuse.run_folder import open_run
 from satdifuser.fuse.settings import SweepSettings
-from satdifuser.pipeline import fit_all, validate_settings
+from satdifuser.pipeline import validate_settings
+from satdifuser.stages import fit_all
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import LayerInfo
 from satdifuser.store.writer import TileRow

@@ -33,7 +33,8 @@ from satdifuser.fuse.data import MapLoader
 from satdifuser.fuse.fit import fit
 from satdifuser.fuse.run_folder import Run, open_run
 from satdifuser.fuse.settings import FitSettings, SweepSettings
-from satdifuser.pipeline import Pipeline, fit_all, validate_settings
+from satdifuser.pipeline import Pipeline, validate_settings
+from satdifuser.stages import fit_all
 from satdifuser.store.encoding import encode
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import Hashes, LayerInfo
