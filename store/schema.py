@@ -24,6 +24,7 @@ MAX_TILES_PER_SHARD = 64
 MAX_SHARD_BYTES = 512 * 10**6
 # No store comes near these; one that claims more is hostile, and is refused before it costs memory.
 MAX_TILES, MAX_SHARDS, MAX_NAMES, MAX_SIDE, MAX_CHANNELS = 10**8, 10**6, 10**5, 2**16, 2**16
+MAX_LAYERS = 10**4  # each takes a check of its own: more of them would take seconds to refuse
 Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
 PartitionName = Annotated[str, Field(pattern=f"^{PARTITION_NAME}$")]
 Channels = Annotated[int, Field(gt=0, le=MAX_CHANNELS)]
@@ -73,7 +74,7 @@ class Attributes(Settings):
     tile_size: tuple[Side, Side]
     tiles_per_shard: PositiveInt
     timesteps: list[int] = Field(min_length=1, max_length=MAX_NAMES)
-    layers: list[LayerInfo] = Field(min_length=1, max_length=MAX_NAMES)
+    layers: list[LayerInfo] = Field(min_length=1, max_length=MAX_LAYERS)
     encoding: Encoding
     decode: str
     previews: bool
