@@ -7,7 +7,7 @@ What was finished before is kept, what was interrupted goes on with its next epo
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from satdifuser.fuse.data import TrainingData
 from satdifuser.fuse.grid import Candidate, sweep_section
 from satdifuser.fuse.inputs import choose_inputs, join_inputs
 from satdifuser.fuse.leaderboard import describe_first, standings, write_board
-from satdifuser.fuse.log import check_log, open_logs, values_of
+from satdifuser.fuse.log import Log, check_log, open_logs, values_of
 from satdifuser.fuse.processes import is_first
 from satdifuser.fuse.run_folder import (
     CHECKPOINT_FILE,
@@ -159,13 +159,22 @@ def _train(
     with open_logs(trainings if is_first() else (), folder) as logs:
         for epoch in range(max(training.settings.epochs for training in trainings)):
             active = [training for training in trainings if training.epoch == epoch and not training.is_over]
-            if active:
-                run_epoch(active, new_scorer)
-                for training in active if is_first() else ():
-                    _keep(store, training, folder)
-                    if log := logs.get(training.candidate.name):
-                        log.write(training.epoch, values_of(training, training.history[-1]))
-                yield len(active)
+            if not active:
+                continue
+            run_epoch(active, new_scorer)
+            if is_first():
+                _record(store, active, folder, logs)
+            yield len(active)
+
+
+def _record(
+    store: FeatureStore, trainings: Sequence[Training], folder: Path, logs: Mapping[str, Log]
+) -> None:
+    """Write what an epoch brought."""
+    for training in trainings:
+        _keep(store, training, folder)
+        if log := logs.get(training.candidate.name):
+            log.write(training.epoch, values_of(training, training.history[-1]))
 
 
 def _keep(store: FeatureStore, training: Training, folder: Path) -> None:

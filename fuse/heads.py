@@ -48,10 +48,11 @@ class LinearHead(nn.Module):
 
 
 class PooledShortcut(nn.Module):
-    """Adds to the logits of a head a linear layer from the spatial means of the maps before their fusion.
+    """Adds to the logits of a head a linear layer from mean and spread of the maps before their fusion.
 
     Group norms take each tile's level and contrast away and fusion keeps P channels: the means still hold
-    both. Wide and deep learning (Cheng et al., 2016, arXiv 1606.07792). It starts at zero.
+    both, and the spreads tell texture. Wide and deep learning (Cheng et al., 2016, arXiv 1606.07792) on
+    the statistics pooling of speaker recognition (Snyder et al., Interspeech 2017). It starts at zero.
 
     Args:
         channels: Width of every map, over timesteps, layers and scales.
@@ -60,8 +61,8 @@ class PooledShortcut(nn.Module):
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(channels, affine=False)
-        self.linear = nn.Linear(channels, classes)
+        self.norm = nn.BatchNorm1d(2 * channels, affine=False)
+        self.linear = nn.Linear(2 * channels, classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -74,7 +75,12 @@ class PooledShortcut(nn.Module):
         Returns:
             (B, classes) float32.
         """
-        pooled = [x.mean((-2, -1)).flatten(1) for stride in sorted(maps) for x in maps[stride]]
+        pooled = [
+            statistic.flatten(1)
+            for stride in sorted(maps)
+            for x in maps[stride]
+            for statistic in torch.std_mean(x, (-2, -1), correction=0)
+        ]
         logits: Tensor = self.linear(self.norm(torch.cat(pooled, dim=1)))
         return logits
 

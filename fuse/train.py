@@ -77,6 +77,7 @@ class Training:
         torch.manual_seed(candidate.seed)
         self.device = choose_device(settings.device, "fit.device")
         self.network = new_network(data.store, self.inputs, settings, candidate.fusion).to(self.device)
+        self._check_batches()
         self.parallel = parallel(self.network)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
@@ -91,6 +92,16 @@ class Training:
         self._losses: list[float] = []
         self.seconds = 0.0
         """What the steps of this epoch took."""
+
+    def _check_batches(self) -> None:
+        """Refuse batches of one tile where a batch norm would have nothing to compare it with."""
+        size, tiles = self.settings.batch_size, len(self.positions)
+        if min(size, max(tiles, self.min_steps * size)) < 2 and holds_batch_norm(self.network):
+            raise RunError(
+                f"{self.store.path}: batches of 1 tile (fit.batch_size {size}; training tiles: {tiles}), but "
+                "the batch norm of this head needs 2 or more; give train more tiles and fit.batch_size 2 or "
+                "more, or set fit.head=linear"
+            )
 
     @property
     def is_over(self) -> bool:
@@ -337,6 +348,13 @@ def loss(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
     total = F.cross_entropy(logits, targets, ignore_index=ignore, reduction="sum")
     return total / (targets != ignore).sum().clamp(min=1)  # a batch may hold ignored pixels only
+
+
+def holds_batch_norm(network: Network) -> bool:
+    """Whether tiles of a batch are compared with each other."""
+    return any(
+        isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d) for module in network.modules()
+    )
 
 
 def mask_size(targets: Tensor) -> tuple[int, int] | None:

@@ -336,28 +336,25 @@ class FeatureStore(ShardedStore):
         chosen = selection or self._everything
         if not self._is_whole:
             self.require_shards((rows // self.attributes.tiles_per_shard).tolist())
-        steps, per_tile = chosen.steps, self.stored_bytes_per_tile(chosen)
-        wanted = [
-            (group, name, array, layers)
-            for group, layers in chosen.layers.items()
-            for name, array in self._arrays[group].items()
-        ]
         found: Stored = {group: {} for group in chosen.layers}
-        for group, name, array, layers in wanted:
-            shape = array.shape_of(len(rows), steps, layers)
-            found[group][name] = into[group][name][: len(rows)] if into else np.empty(shape, array.dtype)
+        wanted = []
+        for group, layers in chosen.layers.items():
+            for name, array in self._arrays[group].items():
+                shape = array.shape_of(len(rows), chosen.steps, layers)
+                out = into[group][name][: len(rows)] if into else np.empty(shape, array.dtype)
+                found[group][name] = out
+                wanted.append((array, layers, out))
 
         def read(part: slice) -> None:
             requests = [
-                Request(array, rows[part], steps, layers, found[group][name][part])
-                for group, name, array, layers in wanted
+                Request(array, rows[part], chosen.steps, layers, out[part]) for array, layers, out in wanted
             ]
             for request in requests:
                 request.begin()
             for request in requests:
                 request.finish()
 
-        read_in_parts(read, len(rows), per_tile)
+        read_in_parts(read, len(rows), self.stored_bytes_per_tile(chosen))
         return found
 
     def selection(

@@ -110,10 +110,12 @@ class Request:
         out: NDArray[Any],
     ) -> None:
         self.array, self.layers = array, layers
-        self.everything = list(layers) == list(range(array.shape[2]))
         self.unchecked = Unchecked(array.chunk_bytes, len(rows) * len(steps) * len(layers))
-        self._stretches = [(layers[a], a, b) for a, b in runs(layers, self.unchecked.at_once)]
         self._whole = array.layers_per_chunk > 1
+        if self._whole:
+            self._everything = list(layers) == list(range(array.shape[2]))
+        else:
+            self._stretches = [(layers[a], a, b) for a, b in runs(layers, self.unchecked.at_once)]
         size = array.bytes_per_layer * (len(layers) if self._whole else 1)
         self._chunks = list(out.view(np.uint8).reshape(-1, size))
         self._pending = self._parts(rows.tolist(), steps)
@@ -175,7 +177,7 @@ class Request:
     def _read_whole(self, file: ShardFile, part: Part, wait: bool) -> bool:
         """Read the one chunk that holds all layers of a tile, and keep those wanted."""
         _, _, place, row = part
-        if self.everything:
+        if self._everything:
             return file.read(place, [self._chunks[row]], self.unchecked, part, wait)
         whole = np.empty(self.array.chunk_bytes, np.uint8)
         done = file.read(place, [whole], self.unchecked, part, wait)

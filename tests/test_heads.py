@@ -153,7 +153,7 @@ def test_the_linear_head_of_masks_is_the_same_layer_at_every_pixel() -> None:
     torch.testing.assert_close(network(maps)[0][0, :, 1, 3], by_hand)
 
 
-def test_the_shortcut_adds_a_linear_layer_of_the_pooled_maps_and_starts_at_nothing() -> None:
+def test_the_shortcut_adds_a_linear_layer_of_means_and_spreads_and_starts_at_nothing() -> None:
     torch.manual_seed(0)
     plain = build_network("global", CHANNELS, 3, 4, "classification", FitSettings())
     network = build_network("global", CHANNELS, 3, 4, "classification", FitSettings(head="shortcut"))
@@ -163,8 +163,11 @@ def test_the_shortcut_adds_a_linear_layer_of_the_pooled_maps_and_starts_at_nothi
     maps, pooled = make_maps(), network.shortcut
     torch.testing.assert_close(network(maps)[0], plain(maps)[0])
     nn.init.normal_(pooled.linear.weight)
-    means = torch.cat([x.mean((3, 4)).flatten(1) for stride in (8, 16) for x in maps[stride]], dim=1)
-    expected = plain(maps)[0] + pooled.linear(pooled.norm.eval()(means))
+    layers = [x.flatten(3) for stride in (8, 16) for x in maps[stride]]
+    means = [x.mean(3) for x in layers]
+    spreads = [(x - mean[..., None]).square().mean(3).sqrt() for x, mean in zip(layers, means, strict=True)]
+    both = [part.flatten(1) for pair in zip(spreads, means, strict=True) for part in pair]
+    expected = plain(maps)[0] + pooled.linear(pooled.norm.eval()(torch.cat(both, dim=1)))
     torch.testing.assert_close(network(maps)[0], expected)
     network(maps)[0].sum().backward()
     assert parameters_without_gradient(network.shortcut) == []

@@ -344,6 +344,18 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path) -> None:
         fit(store, FitSettings(**QUICK), "global", 0, tmp_path / "run", new_outcome)
 
 
+def test_batches_of_one_tile_are_refused_where_a_batch_norm_compares_tiles(tmp_path: Path) -> None:
+    def one_in_train(number: int) -> Any:
+        return replace(random_mask_row(number), split="train" if number == 4 else "val")
+
+    store = random_store(tmp_path / "masks.zarr", LAYERS, 12, row_of=one_in_train, task="segmentation")
+    with pytest.raises(
+        RunError, match=r"batches of 1 tile \(fit.batch_size 4; training tiles: 1\), but the batch"
+    ):
+        fit(store, FitSettings(**QUICK), "global", 0, tmp_path / "run", new_outcome)
+    fit(store, FitSettings(head="linear", **QUICK), "global", 0, tmp_path / "linear", new_outcome)
+
+
 def test_a_class_that_only_val_has_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def row(number: int) -> Any:
         made = random_row(number)
