@@ -31,7 +31,6 @@ from satdifuser.fuse.run_folder import Run, load_weights
 from satdifuser.fuse.settings import OF_A_SWEEP, FitSettings, FusionName
 from satdifuser.store.device import check_dtype, choose_device, device_name, gpu_uuid
 from satdifuser.store.energy import EnergyMeter, sum_if_all_tell
-from satdifuser.store.few_labels import ALL_LABELS
 from satdifuser.store.place import typical_pixel_size
 from satdifuser.store.reader import FeatureStore
 
@@ -95,12 +94,10 @@ class Training:
 
     def _check_batches(self) -> None:
         """Refuse batches of one tile where a batch norm would have nothing to compare it with."""
-        size, tiles = self.settings.batch_size, len(self.positions)
-        if min(size, max(tiles, self.min_steps * size)) < 2 and holds_batch_norm(self.network):
-            raise RunError(
-                f"{self.store.path}: batches of 1 tile (fit.batch_size {size}; training tiles: {tiles}), but "
-                "the batch norm of this head needs 2 or more; give train more tiles and fit.batch_size 2 or "
-                "more, or set fit.head=linear"
+        if self.settings.batch_size < 2 and holds_batch_norm(self.network):
+            raise SettingsError(
+                "fit.batch_size: got 1, but the batch norm of this head compares the tiles of a batch; set "
+                "it to 2 or more, or set fit.head=linear"
             )
 
     @property
@@ -112,11 +109,6 @@ class Training:
     def order_seed(self) -> list[int]:
         """What the order of this epoch's tiles is drawn from."""
         return [self.candidate.seed, self.epoch]
-
-    @property
-    def min_steps(self) -> int:
-        """Steps of an epoch at least: few labelled tiles are seen several times."""
-        return 0 if self.settings.budget == ALL_LABELS else self.settings.min_steps
 
     @property
     def bytes(self) -> int:
@@ -226,8 +218,8 @@ def run_epoch(trainings: Sequence[Training], new_scorer: NewScorer) -> None:
     """
     first = trainings[0]
     began, meter = time.monotonic(), EnergyMeter(gpu_uuid(first.device))
-    data, size = first.data, first.settings.batch_size
-    order = first.positions[training_order(len(first.positions), size, first.order_seed, first.min_steps)]
+    data, size, least = first.data, first.settings.batch_size, first.settings.min_steps
+    order = first.positions[training_order(len(first.positions), size, first.order_seed, least)]
     steps, part = -(-len(order) // size), own_part(order, size)
     batches = data.train.labelled_batches(part, size // processes(), data.statistics)
     for step, (maps, targets) in enumerate(batches):

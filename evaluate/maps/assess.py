@@ -245,11 +245,12 @@ def format_assessment(found: dict[str, Any]) -> str:
     """An assessment for reading."""
     classes = found["classes"]
     width = max(5, *(len(name) for name in classes))
+    heads = ("user's accuracy", "producer's accuracy")
     lines = [
         f"{found['map']} against {found['reference']}: {found['reference_pixels']} reference pixels",
         f"overall accuracy {_shown(found['overall_accuracy'], 3)}, by area",
         "",
-        f"{'':{width}}  {'users accuracy':>22}  {'producers accuracy':>22}  {'mapped ha':>12}  area ha",
+        f"{'':{width}}  {heads[0]:>22}  {heads[1]:>22}  {'mapped ha':>12}  area ha",
     ]
     for name, row in classes.items():
         users, producers = (_shown(row[key], 3) for key in ("users_accuracy", "producers_accuracy"))
