@@ -27,11 +27,18 @@ WIDE_LAYER = 320
 """A backbone with layers at least this wide is of Stable Diffusion's size."""
 
 HEADS: dict[Task, tuple[HeadName, ...]] = {
-    "classification": ("linear", "shortcut"),
-    "multilabel": ("linear", "shortcut"),
+    "classification": ("shortcut", "linear"),
+    "multilabel": ("shortcut", "linear"),
     "segmentation": ("upernet", "linear"),
 }
 """The heads that fit a task; `auto` is the first."""
+
+REFERENCE_HEADS: dict[Task, HeadName] = {
+    "classification": "linear",
+    "multilabel": "linear",
+    "segmentation": "upernet",
+}
+"""Those of the paper."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,7 @@ def build_head(
 
 
 def choose_head(task: Task, settings: FitSettings) -> HeadName:
-    """Resolve ``head``.
+    """Resolve ``head`` where it is ``auto`` or ``reference``.
 
     Raises:
         SettingsError: If it does not fit the task.
@@ -195,6 +202,8 @@ def choose_head(task: Task, settings: FitSettings) -> HeadName:
     fitting = HEADS[task]
     if settings.head == "auto":
         return fitting[0]
+    if settings.head == "reference":
+        return REFERENCE_HEADS[task]
     if settings.head not in fitting:
         raise SettingsError(
             f"head is {settings.head}, but {task} needs {' or '.join(fitting)}: set head to "

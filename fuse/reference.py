@@ -17,7 +17,7 @@ from torch import Tensor
 from satdifuser.errors import RunError
 from satdifuser.fuse.fusion import MoEFusion
 from satdifuser.fuse.inputs import choose_inputs
-from satdifuser.fuse.network import HEADS, Variant
+from satdifuser.fuse.network import REFERENCE_HEADS, Variant
 from satdifuser.fuse.reference_checks import TASKS, check_store, check_tensors
 from satdifuser.fuse.reference_file import (
     ReferenceCheckpoint,
@@ -77,7 +77,7 @@ def _waiting(found: ReferenceCheckpoint) -> dict[str, Any]:
         "kind": WAITING,
         "task": task,
         "fusion": FUSIONS[found.config.fuser],
-        "head": HEADS[task][0],
+        "head": REFERENCE_HEADS[task],
         "seed": found.config.seed,
         "reference": _origin(found, []),
     }
@@ -147,8 +147,12 @@ def export_reference(run: Run) -> dict[str, Tensor]:
         Tensors by name, float32 and int64.
 
     Raises:
-        RunError: the run's weights are missing or damaged.
+        RunError: their modules have no such head, or the run's weights are missing or damaged.
     """
+    if run.info["head"] not in REFERENCE_HEADS.values():
+        raise RunError(
+            f"{run.path}: the released code has no head {run.info['head']}; fit with fit.head=reference"
+        )
     return reference_names(load_weights(run)[0])
 
 
@@ -161,6 +165,7 @@ def fit_settings(config: ReferenceConfig) -> FitSettings:
     """A checkpoint's settings in our terms; features are not standardised, as in the released code."""
     return FitSettings(
         task=TASKS[config.task],
+        head="reference",
         projection=config.projection_dim,
         norm_groups=config.num_norm_groups,
         experts=config.num_experts,

@@ -365,7 +365,7 @@ def test_truncated_image_fails_or_is_skipped(config: Path, tmp_path: Path) -> No
 
 def test_fit_evaluate_report(config: Path, fitted: Path) -> None:
     run = json.loads((fitted / "run.json").read_text())
-    assert (run["task"], run["head"], len(run["history"])) == ("classification", "linear", 2)
+    assert (run["task"], run["head"], len(run["history"])) == ("classification", "shortcut", 2)
     assert not (fitted / "checkpoint.pt").exists()
     before = succeed_json("evaluate", fitted, "-c", config)
     metrics = succeed_json("evaluate", fitted, "-c", config)

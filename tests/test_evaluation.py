@@ -120,7 +120,7 @@ def test_metrics_say_what_was_measured_and_how(run: Run) -> None:
     metrics = json.loads((run.path / "metrics.json").read_text())
     assert metrics == written == open_run(run.path).metrics
     named = [metrics[name] for name in ("task", "fusion", "head", "seed", "selected_on")]
-    assert named == ["classification", "global", "linear", 0, "val"]
+    assert named == ["classification", "global", "shortcut", 0, "val"]
     assert metrics["store_fingerprint"] == "f"
     assert metrics["evaluate"] == QUICK.model_dump(mode="json", exclude={"baselines"})
     assert metrics["val"] == pytest.approx(run.info["history"][0]["val"])
@@ -273,7 +273,7 @@ def test_a_run_folder_holds_its_resolved_settings(store: FeatureStore, tmp_path:
     assert open_run(run.path).info["resolved"] == {
         "task": "classification",
         "partition": "default",
-        "head": "linear",
+        "head": "shortcut",
         "projection": 96,
         "norm_groups": 8,
         "device": run.info["resolved"]["device"],

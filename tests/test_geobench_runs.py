@@ -114,7 +114,8 @@ def test_a_run_records_its_partition_and_is_trained_and_measured_on_it(
         assert set(found) == {"global-seed0", "baseline-colour", "baseline-single", "baseline-concatenation"}
         for run in found.values():
             assert run.info["partition"] == run.metrics["partition"] == name
-            assert (run.info["task"], run.info["head"]) == ("multilabel", "linear")
+            head = "shortcut" if run.info["kind"] == "fusion" else "linear"
+            assert (run.info["task"], run.info["head"]) == ("multilabel", head)
             table = pd.read_parquet(run.path / "predictions.parquet")
             assert "".join(table["tile_id"]) == TESTED[name]
             assert np.stack(table["target"])[-3:].tolist() == [[0, 0, 1], [1, 0, 1], [0, 1, 1]]

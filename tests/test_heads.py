@@ -137,7 +137,7 @@ def test_a_seed_fixes_the_initial_network() -> None:
 
 @pytest.mark.parametrize("task", ["classification", "multilabel"])
 def test_a_head_that_does_not_fit_the_task_is_refused(task: Any) -> None:
-    message = f"head is upernet, but {task} needs linear or shortcut: set head to linear or shortcut or auto"
+    message = f"head is upernet, but {task} needs shortcut or linear: set head to shortcut or linear or auto"
     with pytest.raises(SettingsError, match=message):
         build_network("global", CHANNELS, 3, 4, task, FitSettings(head="upernet"))
 
@@ -155,8 +155,8 @@ def test_the_linear_head_of_masks_is_the_same_layer_at_every_pixel() -> None:
 
 def test_the_shortcut_adds_a_linear_layer_of_means_and_spreads_and_starts_at_nothing() -> None:
     torch.manual_seed(0)
-    plain = build_network("global", CHANNELS, 3, 4, "classification", FitSettings())
-    network = build_network("global", CHANNELS, 3, 4, "classification", FitSettings(head="shortcut"))
+    plain = build_network("global", CHANNELS, 3, 4, "classification", FitSettings(head="reference"))
+    network = build_network("global", CHANNELS, 3, 4, "classification", FitSettings())
     assert network.shortcut is not None
     assert plain.shortcut is None
     network.load_state_dict(plain.state_dict(), strict=False)

@@ -64,10 +64,10 @@ def test_a_probe_gives_a_row_for_what_was_chosen(folder: Path) -> None:
 def test_runs_stand_beside(folder: Path) -> None:
     rows = rows_of(folder / "runs", folder / "probe")
     runs = rows[~rows["name"].str.contains("t = 21")].set_index("method")
-    assert {"global-linear", "colour", "single", "concatenation"} == set(runs.index)
+    assert {"global-shortcut", "colour", "single", "concatenation"} == set(runs.index)
     (network,) = (path for path in (folder / "runs").iterdir() if path.name.startswith("global"))
     metrics = open_run(network).metrics["test"]
-    row = runs.loc["global-linear"]
+    row = runs.loc["global-shortcut"]
     assert row["metric_value"] == metrics["accuracy"]
     assert [row["ci_lower"], row["ci_upper"]] == metrics["interval"]["accuracy"]
     assert (row["n_train"], row["n_val"], row["n_test"]) == (3, 6, 6)  # 1 shot of 3 classes

@@ -347,7 +347,10 @@ def test_weights_go_back_under_the_released_names(
 def test_weights_of_our_own_run_load_under_the_released_names(
     fusion: Any, store: FeatureStore, tmp_path: Path
 ) -> None:
-    settings = FitSettings(projection=16, norm_groups=4, epochs=1, warmup_steps=0, device="cpu")
+    quick = FitSettings(projection=16, norm_groups=4, epochs=1, warmup_steps=0, device="cpu")
+    with pytest.raises(RunError, match=r"the released code has no head shortcut; fit with"):
+        export_reference(fit(store, quick, fusion, 0, tmp_path / "shortcut", new_outcome))
+    settings = quick.model_copy(update={"head": "reference"})
     run = fit(store, settings, fusion, 0, tmp_path / "run", new_outcome)
     network, _, _ = load_network(run)
     parts = {"global": GlobalFusion, "localized": LocalizedFusion, "moe": MoEFusion}
