@@ -172,7 +172,7 @@ def whole_tiles(path: Path, raw: NDArray[np.float16], stores: dict[str, FeatureS
 
     ways: dict[str, Read] = {"P": plain(path, raw), "memmap": memmap}
     for name, store in stores.items():
-        buffers = store.stored(np.arange(BATCH))
+        buffers = store.buffers(BATCH)
         ways[f"ours {name}"] = lambda rows, s=store, b=buffers: s.stored(rows, into=b)
     ways["zarr-python float16"] = zarr_python(stores["float16"])
     ways |= tensorstore(stores["float16"])
@@ -227,7 +227,7 @@ def one_layer(raw: NDArray[np.float16], store: FeatureStore, layers: list[LayerI
     width = layers[-1].channels * layers[-1].height * layers[-1].width
     buffer = np.empty((BATCH, width), np.float16)
     selection = store.selection(layers=layers[-1].name)
-    buffers = store.stored(np.arange(BATCH), selection)
+    buffers = store.buffers(BATCH, selection)
 
     def memmap(rows: NDArray[np.intp]) -> None:
         for i, row in enumerate(rows.tolist()):

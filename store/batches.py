@@ -57,14 +57,10 @@ class BatchReader:
         return read_ahead(self._streamed(parts))
 
     def _streamed(self, parts: Sequence[Indices]) -> Iterator[Stored]:
-        ring: list[Stored | None] = [None] * RING
+        largest = max((len(part) for part in parts), default=0)
+        ring = [self.store.buffers(largest, self.selection) for _ in range(min(RING, len(parts)))]
         for number, part in enumerate(parts):
-            place, whole = number % RING, len(part) == len(parts[0])
-            into = ring[place]
-            ring[place] = found = self.store.stored(self.rows[part], self.selection, into)
-            if not whole:
-                ring[place] = None  # too small for the next
-            yield found
+            yield self.store.stored(self.rows[part], self.selection, ring[number % RING])
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:

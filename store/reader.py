@@ -24,14 +24,14 @@ from satdifuser.store.location import Location, location
 from satdifuser.store.metadata import is_store
 from satdifuser.store.reading_threads import read_in_parts
 from satdifuser.store.schema import Hashes, group_layers, labels_hash
-from satdifuser.store.sharded_array import Indices, OpenFiles, Request, ShardedArray
+from satdifuser.store.sharded_array import Buffer, Indices, OpenFiles, Request, ShardedArray
 from satdifuser.store.shards import ShardedStore
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-__all__ = ["Batch", "FeatureStore", "Indices", "Selection", "Stored", "is_store", "open_store"]
+__all__ = ["Batch", "Buffers", "FeatureStore", "Indices", "Selection", "Stored", "is_store", "open_store"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,26 @@ class Selection:
 
     steps: tuple[int, ...]
     layers: Mapping[str, tuple[int, ...]]
+
+
+class Buffers:
+    """Memory for the feature arrays of some tiles.
+
+    Args:
+        held: Group name to array name to the array's memory.
+        bytes_per_tile: Of all arrays.
+    """
+
+    def __init__(self, held: Mapping[str, Mapping[str, Buffer]], bytes_per_tile: int) -> None:
+        self._held, self.bytes_per_tile = held, bytes_per_tile
+        self.all = [buffer for arrays in held.values() for buffer in arrays.values()]
+
+    def first(self, tiles: int) -> Stored:
+        """The arrays of the first tiles."""
+        return {
+            group: {name: buffer.values[:tiles] for name, buffer in arrays.items()}
+            for group, arrays in self._held.items()
+        }
 
 
 def open_store(path: str | Path) -> FeatureStore:
@@ -322,40 +342,49 @@ class FeatureStore(ShardedStore):
             group: decode(arrays, layers[self.groups[group][0]].width) for group, arrays in stored.items()
         }
 
-    def stored(self, rows: Indices, selection: Selection | None = None, into: Stored | None = None) -> Stored:
+    def buffers(self, tiles: int, selection: Selection | None = None) -> Buffers:
+        """Memory that `stored` fills again and again.
+
+        Args:
+            tiles: Of a request, at most.
+            selection: Which timesteps and layers; None for all.
+        """
+        chosen = selection or self._everything
+        held = {
+            group: {
+                name: Buffer(array, tiles, chosen.steps, layers)
+                for name, array in self._arrays[group].items()
+            }
+            for group, layers in chosen.layers.items()
+        }
+        return Buffers(held, self.stored_bytes_per_tile(chosen))
+
+    def stored(
+        self, rows: Indices, selection: Selection | None = None, into: Buffers | None = None
+    ) -> Stored:
         """Feature arrays of some rows, as they are kept.
 
         Args:
             rows: Rows of tiles, in the order wanted.
             selection: Which timesteps and layers; None for all.
-            into: Arrays to fill, as this method returned them for as many tiles or more; None makes new ones.
+            into: Filled instead of new memory; made for the same selection.
 
         Returns:
-            Group name to array name (values; scale, offset) to (B, T, L, …).
+            Group name to array name (values; scale, offset) to (B, T, L, …). Layers need not touch in memory.
         """
-        chosen = selection or self._everything
         if not self._is_whole:
             self.require_shards((rows // self.attributes.tiles_per_shard).tolist())
-        found: Stored = {group: {} for group in chosen.layers}
-        wanted = []
-        for group, layers in chosen.layers.items():
-            for name, array in self._arrays[group].items():
-                shape = array.shape_of(len(rows), chosen.steps, layers)
-                out = into[group][name][: len(rows)] if into else np.empty(shape, array.dtype)
-                found[group][name] = out
-                wanted.append((array, layers, out))
+        buffers = into or self.buffers(len(rows), selection)
 
         def read(part: slice) -> None:
-            requests = [
-                Request(array, rows[part], chosen.steps, layers, out[part]) for array, layers, out in wanted
-            ]
+            requests = [Request(buffer, rows[part], part.start) for buffer in buffers.all]
             for request in requests:
                 request.begin()
             for request in requests:
                 request.finish()
 
-        read_in_parts(read, len(rows), self.stored_bytes_per_tile(chosen))
-        return found
+        read_in_parts(read, len(rows), buffers.bytes_per_tile)
+        return buffers.first(len(rows))
 
     def selection(
         self, timesteps: Sequence[int] | None = None, layers: str | Sequence[str] = "*"

@@ -11,8 +11,8 @@ import os
 import struct
 import weakref
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from awscrt.checksums import crc32c  # twice as fast as the one that zarr-python uses
@@ -23,8 +23,8 @@ Bytes = NDArray[np.uint8]
 CHECKSUM_BYTES = 4
 ENTRY_BYTES = 16  # offset and size of a chunk, uint64 each
 ABSENT = np.iinfo(np.uint64).max  # both numbers of a chunk that is not there
-MAX_BUFFERS = 1024  # of one request; the least that POSIX systems allow in practice
 CACHED_BYTES = 1024 * 1024  # of one request: what stays in the cache until its checksum is taken
+MOST_AT_ONCE = 1024  # chunks of one request
 WITHOUT_WAITING: int = getattr(os, "RWF_NOWAIT", 0)  # on Linux; elsewhere every read waits
 BLOSC_LEVEL = 1
 BLOSC_OVERHEAD = 16  # bytes at most, and at least
@@ -35,16 +35,7 @@ class NotInMemoryError(Exception):
 
 
 class DamagedShardError(ValueError):
-    """A shard file is not what its index or its checksums say.
-
-    Args:
-        problem: What is wrong.
-        origin: Of the chunk, as it was given to `Unchecked`, where another one than the last may be meant.
-    """
-
-    def __init__(self, problem: str, origin: Any = None) -> None:
-        super().__init__(problem)
-        self.origin = origin
+    """A shard file is not what its index or its checksums say."""
 
 
 def pack_shard(chunks: Iterable[Bytes], places: int, itemsize: int = 0) -> list[bytes | memoryview]:
@@ -82,62 +73,29 @@ def _checksum(data: bytes | Bytes) -> bytes:
     return struct.pack("<I", crc32c(data))
 
 
-class Unchecked:
-    """Chunks that were read, and are checked a few at a time, while the cache still holds them.
+def chunks_at_once(chunk_bytes: int) -> int:
+    """How many successive chunks are read by one request, and checked while the cache holds them."""
+    return max(1, min(MOST_AT_ONCE, CACHED_BYTES // (chunk_bytes + CHECKSUM_BYTES)))
 
-    For one thread.
+
+@cache
+def checksums_of_whole(chunk_bytes: int) -> list[int]:
+    """The CRC32C of successive chunks with the checksum behind each, where they are whole.
+
+    It is the same whatever the chunks hold: a message and its own CRC leave a CRC at one residue, from which
+    the next message goes on.
 
     Args:
         chunk_bytes: Raw bytes of a chunk.
-        chunks: How many are read in all.
+
+    Returns:
+        At place k that of k chunks, up to `chunks_at_once`.
     """
-
-    def __init__(self, chunk_bytes: int, chunks: int) -> None:
-        self.at_once = chunks_at_once(chunk_bytes)
-        recorded = np.empty((min(2 * self.at_once, chunks), CHECKSUM_BYTES), np.uint8)
-        self._numbers, self._recorded = recorded.view("<u4")[:, 0], list(recorded)
-        self._chunks: list[Bytes] = []
-        self._origins: list[Any] = []
-
-    def behind(self, chunks: list[Bytes]) -> list[Bytes]:
-        """What to fill with successive chunks of a file, at most `at_once`, and the checksum behind each."""
-        first = len(self._chunks)
-        if len(chunks) == 1:
-            return [chunks[0], self._recorded[first]]
-        recorded = self._recorded[first : first + len(chunks)]
-        return [part for pair in zip(chunks, recorded, strict=True) for part in pair]
-
-    def add(self, chunks: list[Bytes], origin: Any) -> None:
-        """Take in chunks that were read with `behind`.
-
-        Args:
-            chunks: The chunks.
-            origin: Where they come from, for the error.
-
-        Raises:
-            DamagedShardError: see `check`.
-        """
-        self._chunks += chunks
-        self._origins += [origin] * len(chunks)
-        if len(self._chunks) >= self.at_once:
-            self.check()
-
-    def check(self) -> None:
-        """Compare all that were added, and let go of them.
-
-        Raises:
-            DamagedShardError: one differs from its checksum.
-        """
-        found, recorded = list(map(crc32c, self._chunks)), self._numbers[: len(self._chunks)].tolist()
-        origins, self._chunks, self._origins = self._origins, [], []
-        if found != recorded:
-            wrong = next(o for o, a, b in zip(origins, found, recorded, strict=True) if a != b)
-            raise DamagedShardError("the checksum of a chunk is wrong", wrong)
-
-
-def chunks_at_once(chunk_bytes: int) -> int:
-    """How many successive chunks are read by one request, and checked while the cache holds them."""
-    return max(1, min(MAX_BUFFERS // 2, CACHED_BYTES // (chunk_bytes + CHECKSUM_BYTES)))
+    empty = bytes(chunk_bytes)
+    unit, found = empty + struct.pack("<I", crc32c(empty)), [0]
+    for _ in range(chunks_at_once(chunk_bytes)):
+        found.append(crc32c(unit, found[-1]))
+    return found
 
 
 class ShardFile:
@@ -160,6 +118,7 @@ class ShardFile:
         weakref.finalize(self, os.close, self._descriptor)  # once nobody reads any more
         self._offsets, self._sizes = self._read_index(places)
         self._unit = unit = chunk_bytes + CHECKSUM_BYTES
+        self._whole = checksums_of_whole(chunk_bytes)
         present = self._sizes.count(unit)
         in_order = list(range(0, present * unit, unit))
         self._ordered = present if not compressed and self._offsets[:present] == in_order else 0
@@ -184,31 +143,30 @@ class ShardFile:
         offsets, sizes = np.where(present[:, None], index, 0).T
         return offsets.tolist(), sizes.tolist()
 
-    def read(
-        self, first: int, chunks: list[Bytes], unchecked: Unchecked, origin: Any, wait: bool = True
-    ) -> bool:
-        """Read successive chunks; those that are not compressed are yet to be checked.
+    def read(self, first: int, count: int, out: Bytes, wait: bool = True) -> bool:
+        """Read successive chunks and check them.
 
         Args:
             first: Number of the first chunk.
-            chunks: Where each goes: (chunk_bytes,) uint8; at most as many as `unchecked` takes at once.
-            unchecked: Takes them in.
-            origin: What they are, for its error.
+            count: How many, at most `chunks_at_once`.
+            out: What to fill, (count * (chunk_bytes + 4),) uint8: raw bytes of each chunk and room for its
+                checksum.
             wait: Whether to wait for the disk; if not, and they are not all in memory, let it begin.
 
         Returns:
             Whether they were read.
 
         Raises:
-            DamagedShardError: a chunk is absent, or the file ends early; or see `Unchecked.add`.
+            DamagedShardError: a chunk is absent or differs from its checksum, or the file ends early.
         """
-        flags, count = 0 if wait else WITHOUT_WAITING, len(chunks)
+        flags = 0 if wait else WITHOUT_WAITING
         try:
             if first + count <= self._ordered:  # as this package writes them
-                self._fill(first * self._unit, count * self._unit, unchecked.behind(chunks), flags)
-                unchecked.add(chunks, origin)
+                self._fill(first * self._unit, out, flags)
+                if crc32c(out) != self._whole[count]:
+                    raise DamagedShardError("the checksum of a chunk is wrong")
             else:
-                self._read_each(first, chunks, flags)
+                self._read_each(first, out.reshape(count, self._unit), flags)
         except NotInMemoryError:
             self._announce(first, count)
             return False
@@ -220,24 +178,23 @@ class ShardFile:
         length = self._offsets[last] + self._sizes[last] - start
         os.posix_fadvise(self._descriptor, start, max(0, length), os.POSIX_FADV_WILLNEED)
 
-    def _read_each(self, first: int, chunks: list[Bytes], flags: int) -> None:
-        """Read and check successive chunks, wherever each lies."""
-        recorded = np.empty(CHECKSUM_BYTES, np.uint8)
+    def _read_each(self, first: int, chunks: Bytes, flags: int) -> None:
+        """Read and check successive chunks, (chunk, byte), wherever each lies."""
         for number, chunk in enumerate(chunks, first):
             offset, size = self._offsets[number], self._sizes[number] - CHECKSUM_BYTES
             if size < 0:
                 raise DamagedShardError(f"chunk {number} is absent")
             body = self._room_for_packed(offset, size) if self.compressed else chunk
-            self._fill(offset, self._sizes[number], [body, recorded], flags)
-            if _checksum(body) != recorded.tobytes():
+            self._fill(offset, body, flags)
+            if _checksum(body[:size]) != body[size:].tobytes():
                 raise DamagedShardError(f"the checksum of the chunk at byte {offset} is wrong")
             if self.compressed:
-                self._inflate(offset, body, chunk)
+                self._inflate(offset, body[:size], chunk[: self.chunk_bytes])
 
     def _room_for_packed(self, offset: int, size: int) -> Bytes:
         if not BLOSC_OVERHEAD <= size <= self.chunk_bytes + BLOSC_OVERHEAD:
             raise DamagedShardError(f"the chunk at byte {offset} cannot be of {size + CHECKSUM_BYTES} bytes")
-        return np.empty(size, np.uint8)
+        return np.empty(size + CHECKSUM_BYTES, np.uint8)
 
     def _inflate(self, offset: int, packed: Bytes, chunk: Bytes) -> None:
         if int(packed[4:8].view("<u4")[0]) != self.chunk_bytes:
@@ -246,33 +203,23 @@ class ShardFile:
             )
         blosc.decompress(packed, chunk)
 
-    def _fill(self, offset: int, wanted: int, buffers: list[Any], flags: int) -> None:
-        """Fill buffers, of so many bytes in all, which follow one another in the file."""
+    def _fill(self, offset: int, out: Bytes, flags: int) -> None:
+        """Fill a buffer from the file."""
         try:
-            got = os.preadv(self._descriptor, buffers, offset, flags)
+            got = os.preadv(self._descriptor, [out], offset, flags)
         except OSError as error:
             if flags:  # EAGAIN, or a file system that cannot tell
                 raise NotInMemoryError from error
             raise
-        if got < wanted:
-            self._fill_rest(offset, buffers, got, wanted, flags)
+        if got < len(out):
+            self._fill_rest(offset, out, got, flags)
 
-    def _fill_rest(self, offset: int, buffers: list[Any], got: int, wanted: int, flags: int) -> None:
+    def _fill_rest(self, offset: int, out: Bytes, got: int, flags: int) -> None:
         """Go on after a signal, or where one request could not carry all."""
         if flags:
             raise NotInMemoryError
-        while got < wanted:
-            more = os.preadv(self._descriptor, _after(buffers, got), offset + got)
+        while got < len(out):
+            more = os.preadv(self._descriptor, [out[got:]], offset + got)
             if not more:
                 raise DamagedShardError("it ends early")
             got += more
-
-
-def _after(buffers: list[Any], done: int) -> list[Any]:
-    """The part of some buffers behind their first `done` bytes."""
-    rest = []
-    for buffer in buffers:
-        if done < len(buffer):
-            rest.append(buffer[done:])
-        done = max(0, done - len(buffer))
-    return rest

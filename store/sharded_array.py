@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from satdifuser.errors import StoreError
-from satdifuser.store.shard_file import DamagedShardError, ShardFile, Unchecked
+from satdifuser.store.shard_file import CHECKSUM_BYTES, Bytes, DamagedShardError, ShardFile, chunks_at_once
 
 if TYPE_CHECKING:
     from satdifuser.store.shards import ShardedStore
@@ -24,7 +24,7 @@ Indices = NDArray[np.intp]
 SHARE_OF_DESCRIPTORS = 4  # open at most this part of the files a process may have open
 MOST_DESCRIPTORS = 4096
 FileKey = tuple[str, int, int]  # array, shard, timestep
-Part = tuple[int, int, int, int]  # shard, timestep, place in the shard, which row to fill
+Part = tuple[int, int, int, int]  # shard, timestep, place in the shard, which row of the buffer to fill
 
 
 class OpenFiles:
@@ -69,10 +69,6 @@ class ShardedArray:
         self.bytes_per_layer = int(np.prod(self.shape[3:])) * self.dtype.itemsize
         self.last_key = "/".join("0" * (len(self.shape) - 2))
 
-    def shape_of(self, tiles: int, steps: Sequence[int], layers: Sequence[int]) -> tuple[int, ...]:
-        """The shape (B, T, L, …) of some tiles, timesteps and layers."""
-        return (tiles, len(steps), len(layers), *self.shape[3:])
-
     def file(self, shard: int, step: int) -> ShardFile:
         """The open file of a shard and timestep.
 
@@ -90,42 +86,62 @@ class ShardedArray:
         return file
 
 
-class Request:
-    """Some tiles of an array to read, first what the system holds in memory, then the rest; for one thread.
+class Buffer:
+    """Memory for some tiles of an array, laid out as their chunks lie in the files, a checksum behind each.
+
+    ``values`` is the array in it, (B, T, L, …) of the stored dtype; between its layers lie the checksums.
 
     Args:
         array: The array.
-        rows: Which tiles, in the order wanted.
+        tiles: How many tiles.
         steps: Which timesteps, by position.
         layers: Which layers of the group, by position.
-        out: What to fill, (B, T, L, …) of the stored dtype.
     """
 
-    def __init__(
-        self,
-        array: ShardedArray,
-        rows: Indices,
-        steps: Sequence[int],
-        layers: Sequence[int],
-        out: NDArray[Any],
-    ) -> None:
-        self.array, self.layers = array, layers
-        self.unchecked = Unchecked(array.chunk_bytes, len(rows) * len(steps) * len(layers))
-        self._whole = array.layers_per_chunk > 1
-        if self._whole:
-            self._everything = list(layers) == list(range(array.shape[2]))
-        else:
-            self._stretches = [(layers[a], a, b) for a, b in runs(layers, self.unchecked.at_once)]
-        size = array.bytes_per_layer * (len(layers) if self._whole else 1)
-        self._chunks = list(out.view(np.uint8).reshape(-1, size))
-        self._pending = self._parts(rows.tolist(), steps)
+    def __init__(self, array: ShardedArray, tiles: int, steps: Sequence[int], layers: Sequence[int]) -> None:
+        self.array, self.steps, self.layers = array, steps, layers
+        shape = (tiles, len(steps), len(layers), *array.shape[3:])
+        self.picks = array.layers_per_chunk > 1 and list(layers) != list(range(array.shape[2]))
+        """Whether chunks hold more layers than wanted, so that they are read elsewhere first."""
+        gap = 0 if self.picks else CHECKSUM_BYTES
+        layer = array.bytes_per_layer + (gap if array.layers_per_chunk == 1 else 0)
+        row = layer * len(layers) + (gap if array.layers_per_chunk > 1 else 0)
+        memory = np.empty((tiles * len(steps), row), np.uint8)
+        inner = np.empty((1, *array.shape[3:]), array.dtype).strides[1:]
+        strides = (len(steps) * row, row, layer, *inner)
+        self.values: NDArray[Any] = np.ndarray(shape, array.dtype, memory, strides=strides)
+        self.rows: list[Bytes] = list(memory)
+        """The bytes of each tile and timestep."""
+        self.stretches = self._stretches()
 
-    def _parts(self, rows: list[int], steps: Sequence[int]) -> list[Part]:
+    def _stretches(self) -> list[tuple[int, int, slice]]:
+        """What a tile and timestep is read as: the first chunk, how many, and which bytes of its row."""
+        if self.array.layers_per_chunk > 1:
+            return [(0, 1, slice(None))]
+        unit = self.array.chunk_bytes + CHECKSUM_BYTES
+        cuts = runs(self.layers, chunks_at_once(self.array.chunk_bytes))
+        return [(self.layers[a], b - a, slice(a * unit, b * unit)) for a, b in cuts]
+
+
+class Request:
+    """Some tiles to read into a buffer, first what the system holds in memory, then the rest; for one thread.
+
+    Args:
+        buffer: What to fill.
+        rows: Which tiles, in the order wanted.
+        first: Which tile of the buffer the first of them is.
+    """
+
+    def __init__(self, buffer: Buffer, rows: Indices, first: int) -> None:
+        self.buffer, self.array = buffer, buffer.array
+        self._pending = self._parts(rows.tolist(), first)
+
+    def _parts(self, rows: list[int], first: int) -> list[Part]:
         """What to read, in the order in which it lies in the files."""
-        each = self.array.tiles_per_shard
+        each, steps = self.array.tiles_per_shard, self.buffer.steps
         order = sorted(range(len(rows)), key=rows.__getitem__)
         return [
-            (rows[i] // each, step, rows[i] % each, i * len(steps) + number)
+            (rows[i] // each, step, rows[i] % each, (first + i) * len(steps) + number)
             for number, step in enumerate(steps)
             for i in order
         ]
@@ -150,40 +166,35 @@ class Request:
     def _read_pending(self, wait: bool) -> list[Part]:
         """Read timesteps of tiles; return those that are not in memory, and not to be waited for."""
         array, left = self.array, []
-        read = self._read_whole if self._whole else self._read_layers
+        read = self._read_and_pick if self.buffer.picks else self._read
         part: Part = (0, 0, 0, 0)
         try:
             for part in self._pending:
-                if not read(array.file(part[0], part[1]), part, wait):
+                if not read(array.file(part[0], part[1]), part[2], part[3], wait):
                     left.append(part)
-            self.unchecked.check()
         except (DamagedShardError, OSError, RuntimeError) as error:  # blosc raises RuntimeError
-            shard, _, place, _ = getattr(error, "origin", None) or part  # the check is of several
-            tile, path = shard * array.tiles_per_shard + place, array.store.path
+            tile, path = part[0] * array.tiles_per_shard + part[2], array.store.path
             raise StoreError(
                 f"{path}: {array.key}, tile {tile}: cannot be read ({error}); `satdifuser store verify "
                 f"--deep {path}` names the damaged files and how to mend it"
             ) from error
         return left
 
-    def _read_layers(self, file: ShardFile, part: Part, wait: bool) -> bool:
-        """Read the chunks of the layers wanted."""
-        first, out, done = part[2] * self.array.chunks_per_tile, part[3] * len(self.layers), True
-        for layer, start, stop in self._stretches:
-            chunks = self._chunks[out + start : out + stop]
-            done &= file.read(first + layer, chunks, self.unchecked, part, wait)
+    def _read(self, file: ShardFile, place: int, row: int, wait: bool) -> bool:
+        """Read a tile and timestep into its row."""
+        first, out, done = place * self.array.chunks_per_tile, self.buffer.rows[row], True
+        for chunk, count, where in self.buffer.stretches:
+            done &= file.read(first + chunk, count, out[where], wait)
         return done
 
-    def _read_whole(self, file: ShardFile, part: Part, wait: bool) -> bool:
+    def _read_and_pick(self, file: ShardFile, place: int, row: int, wait: bool) -> bool:
         """Read the one chunk that holds all layers of a tile, and keep those wanted."""
-        _, _, place, row = part
-        if self._everything:
-            return file.read(place, [self._chunks[row]], self.unchecked, part, wait)
-        whole = np.empty(self.array.chunk_bytes, np.uint8)
-        done = file.read(place, [whole], self.unchecked, part, wait)
+        size = self.array.bytes_per_layer
+        whole = np.empty(self.array.chunk_bytes + CHECKSUM_BYTES, np.uint8)
+        done = file.read(place, 1, whole, wait)
         if done:
-            by_layer = whole.reshape(-1, self.array.bytes_per_layer)
-            self._chunks[row].reshape(-1, self.array.bytes_per_layer)[:] = by_layer[list(self.layers)]
+            by_layer = whole[:-CHECKSUM_BYTES].reshape(-1, size)
+            self.buffer.rows[row].reshape(-1, size)[:] = by_layer[list(self.buffer.layers)]
         return done
 
 

@@ -20,7 +20,7 @@ from satdifuser.errors import StoreError
 from satdifuser.store.metadata import MAX_METADATA_BYTES, seal
 from satdifuser.store.reader import open_store
 from satdifuser.store.schema import LayerInfo
-from satdifuser.store.shard_file import DamagedShardError, ShardFile, Unchecked, pack_shard
+from satdifuser.store.shard_file import DamagedShardError, ShardFile, pack_shard
 from satdifuser.store.zstd_frame import HEAD_BYTES, content_size
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
@@ -188,10 +188,10 @@ def test_chunks_that_claim_too_much(tmp_path: Path) -> None:
     bomb[4:8] = (2**31 - 1).to_bytes(4, "little")  # what blosc says it inflates to
     (tmp_path / "s").write_bytes(b"".join([*pack_shard_of(bytes(bomb), len(bomb) + 4)]))
     with pytest.raises(DamagedShardError, match="does not inflate to 64 bytes"):
-        ShardFile(tmp_path / "s", 1, 64, True).read(0, [np.empty(64, np.uint8)], Unchecked(64, 1), "here")
+        ShardFile(tmp_path / "s", 1, 64, True).read(0, 1, np.empty(68, np.uint8))
     (tmp_path / "s").write_bytes(b"".join([*pack_shard_of(bytes(parts[0]), 2**60)]))
     with pytest.raises(DamagedShardError, match="its index points out of the file"):
-        ShardFile(tmp_path / "s", 1, 64, True).read(0, [np.empty(64, np.uint8)], Unchecked(64, 1), "here")
+        ShardFile(tmp_path / "s", 1, 64, True).read(0, 1, np.empty(68, np.uint8))
 
 
 TABLES = ["targets/label/c/0", "tiles/tile_id/c/0", "features/stride_04/pooled/c/0/0/0/0"]
