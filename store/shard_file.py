@@ -206,7 +206,7 @@ class ShardFile:
     def _fill(self, offset: int, out: Bytes, flags: int) -> None:
         """Fill a buffer from the file."""
         try:
-            got = os.preadv(self._descriptor, [out], offset, flags)
+            got = os.preadv(self._descriptor, [out.data], offset, flags)
         except OSError as error:
             if flags:  # EAGAIN, or a file system that cannot tell
                 raise NotInMemoryError from error
@@ -219,7 +219,7 @@ class ShardFile:
         if flags:
             raise NotInMemoryError
         while got < len(out):
-            more = os.preadv(self._descriptor, [out[got:]], offset + got)
+            more = os.preadv(self._descriptor, [out.data[got:]], offset + got)
             if not more:
                 raise DamagedShardError("it ends early")
             got += more
