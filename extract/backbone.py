@@ -184,7 +184,7 @@ class Backbone:
         posterior = self.vae.encode(images).latent_dist
         z = posterior.mode() if noise is None else posterior.mean + posterior.std * noise
         scaled: Tensor = z * self.vae.config.scaling_factor
-        return scaled.contiguous()
+        return scaled
 
 
 def find_backbone(settings: BackboneSettings) -> BackboneInfo:
@@ -291,8 +291,8 @@ def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
     digest = _digest(unet, vae)
     return Backbone(
         info=info,
-        unet=_placed(unet, device, dtype, channels_last=device.type == "cuda"),
-        vae=_placed(vae, device, dtype, channels_last=True),
+        unet=_placed(unet, device, dtype),
+        vae=_placed(vae, device, dtype),
         prompt=prompt.to(device, dtype),
         negative=None if negative is None else negative.to(device, dtype),
         alphas=info.scheduler.alphas_cumprod.double(),
@@ -302,13 +302,15 @@ def load_backbone(info: BackboneInfo, settings: BackboneSettings) -> Backbone:
     )
 
 
-def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype, channels_last: bool) -> Any:
-    """Bring a model to its device, its weights in the order that is fastest there.
+def _placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
+    """Bring a model to its device; a GPU convolves fastest with the channels last.
 
-    On a CPU the autoencoder's few channels convolve faster when they come last, the U-Net's many do not.
+    On CPUs that makes the autoencoder 1.4 times as fast, but a tile's last bits then depend on the other
+    tiles of its batch.
     """
+    on_gpu = device.type == "cuda"
     placed: Any = model.to(device, dtype)
-    return placed.to(memory_format=torch.channels_last) if channels_last else placed
+    return placed.to(memory_format=torch.channels_last) if on_gpu else placed
 
 
 def load_unet(folder: Path, metadata: bool) -> Any:

@@ -90,7 +90,7 @@ def make_mapped(folder: Path) -> Mapped:
     tiles = settings("source.tiles=30", f"source.tile_size={TILE}")
     succeed("extract", *tiles, *small, "-o", made.tile_store)
     quick = settings("fit.fusion=[global]", "fit.projection=16", "fit.norm_groups=1", "fit.batch_size=4")
-    quick += settings("fit.lr=0.01", "fit.warmup_epochs=0", "evaluate.baselines=false")
+    quick += settings("fit.min_steps=1", "fit.warmup_epochs=0", "evaluate.baselines=false")
     for store, run, epochs in ((made.store, made.run, 8), (made.tile_store, made.tile_run, 2)):
         succeed(
             "fit",
