@@ -15,7 +15,7 @@ PART_BYTES = 2**26  # that a thread asks the disk for at once
 @cache
 def _second_reader(process: int) -> ThreadPoolExecutor:
     """The thread that reads beside the caller's; one per process, since a forked one has no threads."""
-    return ThreadPoolExecutor(1, thread_name_prefix="read")
+    return ThreadPoolExecutor(1, thread_name_prefix="store_read")
 
 
 def read_in_parts(read: Callable[[slice], None], tiles: int, tile_bytes: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEFT_OUT = (".*", "build", "dist", "out", "*.egg-info", "__pycache__", "*.zarr")
-ROOT_MODULES = {"__init__.py", "__main__.py", "cli.py", "errors.py", "pipeline.py"}
+ROOT_MODULES = {"__init__.py", "__main__.py", "cli.py", "errors.py", "options.py", "pipeline.py", "stages.py"}
 
 
 def packages_on_disk() -> set[str]:

@@ -460,4 +460,4 @@ def test_mixed_precision_trains_nearly_alike(
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.05)
         assert ours["train_loss"] != theirs["train_loss"]
     state, _ = load_weights(narrow)
-    assert {value.dtype for name, value in state.items() if name != "fusion.forwards"} == {torch.float32}
+    assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float32}
