@@ -103,9 +103,12 @@ class Buffer:
         shape = (tiles, len(steps), len(layers), *array.shape[3:])
         self.picks = array.layers_per_chunk > 1 and list(layers) != list(range(array.shape[2]))
         """Whether chunks hold more layers than wanted, so that they are read elsewhere first."""
-        gap = 0 if self.picks else CHECKSUM_BYTES
-        layer = array.bytes_per_layer + (gap if array.layers_per_chunk == 1 else 0)
-        row = layer * len(layers) + (gap if array.layers_per_chunk > 1 else 0)
+        layer = array.bytes_per_layer
+        if array.layers_per_chunk == 1:  # each layer is a chunk
+            layer += CHECKSUM_BYTES
+        row = layer * len(layers)
+        if array.layers_per_chunk > 1 and not self.picks:  # all are one
+            row += CHECKSUM_BYTES
         memory = np.empty((tiles * len(steps), row), np.uint8)
         inner = np.empty((1, *array.shape[3:]), array.dtype).strides[1:]
         strides = (len(steps) * row, row, layer, *inner)
