@@ -234,7 +234,7 @@ def one_layer(raw: NDArray[np.float16], store: FeatureStore, layers: list[LayerI
         for i, row in enumerate(rows.tolist()):
             buffer[i] = raw[row, -width:]
 
-    return {"memmap": memmap, "ours float16": lambda rows: store.stored(rows, selection, buffers)}
+    return {"memmap": memmap, "ours float16": lambda rows: store.stored(rows, into=buffers)}
 
 
 def each(ways: dict[str, Read]) -> dict[str, Pass]:
@@ -252,10 +252,8 @@ def passes(folder: Path, store: FeatureStore) -> dict[str, Pass]:
             path = folder / f"{group}-{name}.npy"
             np.save(path, array)
             mapped[group][name] = np.load(path, mmap_mode="r")
-    streamed, resident = (
-        BatchReader(store, rows),
-        BatchReader(store, rows, budget_bytes=FitSettings().memory_gb * 1e9),
-    )
+    streamed = BatchReader(store, rows)
+    resident = BatchReader(store, rows, budget_bytes=FitSettings().memory_gb * 1e9)
 
     layers, inputs = store.attributes.layers, named_inputs(store, None, ["*"])
     network = build_network("global", inputs.channels, 1, 10, "classification", FitSettings())

@@ -60,7 +60,7 @@ class BatchReader:
         largest = max((len(part) for part in parts), default=0)
         ring = [self.store.buffers(largest, self.selection) for _ in range(min(RING, len(parts)))]
         for number, part in enumerate(parts):
-            yield self.store.stored(self.rows[part], self.selection, ring[number % RING])
+            yield self.store.stored(self.rows[part], into=ring[number % RING])
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:

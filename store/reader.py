@@ -24,7 +24,7 @@ from satdifuser.store.location import Location, location
 from satdifuser.store.metadata import is_store
 from satdifuser.store.reading_threads import read_in_parts
 from satdifuser.store.schema import Hashes, group_layers, labels_hash
-from satdifuser.store.sharded_array import Buffer, Indices, OpenFiles, Request, ShardedArray
+from satdifuser.store.sharded_array import Buffer, Buffers, Indices, OpenFiles, Request, ShardedArray, Stored
 from satdifuser.store.shards import ShardedStore
 
 if TYPE_CHECKING:
@@ -48,36 +48,12 @@ class Batch:
     indices: Indices  # rows in the store
 
 
-Stored = dict[str, dict[str, NDArray[Any]]]
-"""Group name to array name (values; scale, offset) to (B, T, L, …), as kept."""
-
-
 @dataclass(frozen=True)
 class Selection:
     """Timesteps and layers by position: `layers` maps the group names wanted to positions in the group."""
 
     steps: tuple[int, ...]
     layers: Mapping[str, tuple[int, ...]]
-
-
-class Buffers:
-    """Memory for the feature arrays of some tiles.
-
-    Args:
-        held: Group name to array name to the array's memory.
-        bytes_per_tile: Of all arrays.
-    """
-
-    def __init__(self, held: Mapping[str, Mapping[str, Buffer]], bytes_per_tile: int) -> None:
-        self._held, self.bytes_per_tile = held, bytes_per_tile
-        self.all = [buffer for arrays in held.values() for buffer in arrays.values()]
-
-    def first(self, tiles: int) -> Stored:
-        """The arrays of the first tiles."""
-        return {
-            group: {name: buffer.values[:tiles] for name, buffer in arrays.items()}
-            for group, arrays in self._held.items()
-        }
 
 
 def open_store(path: str | Path) -> FeatureStore:
@@ -367,7 +343,7 @@ class FeatureStore(ShardedStore):
         Args:
             rows: Rows of tiles, in the order wanted.
             selection: Which timesteps and layers; None for all.
-            into: Filled instead of new memory; made for the same selection.
+            into: Filled instead of new memory; what they were made for is the selection.
 
         Returns:
             Group name to array name (values; scale, offset) to (B, T, L, …). Layers need not touch in memory.

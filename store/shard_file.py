@@ -118,10 +118,10 @@ class ShardFile:
         weakref.finalize(self, os.close, self._descriptor)  # once nobody reads any more
         self._offsets, self._sizes = self._read_index(places)
         self._unit = unit = chunk_bytes + CHECKSUM_BYTES
-        self._whole = checksums_of_whole(chunk_bytes)
         present = self._sizes.count(unit)
         in_order = list(range(0, present * unit, unit))
         self._ordered = present if not compressed and self._offsets[:present] == in_order else 0
+        self._whole = checksums_of_whole(chunk_bytes) if self._ordered else []
 
     def _read_index(self, places: int) -> tuple[list[int], list[int]]:
         """Offset and size of every chunk; 0 and 0 of one that is absent."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ Indices = NDArray[np.intp]
 SHARE_OF_DESCRIPTORS = 4  # open at most this part of the files a process may have open
 MOST_DESCRIPTORS = 4096
 FileKey = tuple[str, int, int]  # array, shard, timestep
+Stored = dict[str, dict[str, NDArray[Any]]]
+"""Group name to array name (values; scale, offset) to (B, T, L, …), as kept."""
 Part = tuple[int, int, int, int]  # shard, timestep, place in the shard, which row of the buffer to fill
 
 
@@ -124,6 +126,26 @@ class Buffer:
         unit = self.array.chunk_bytes + CHECKSUM_BYTES
         cuts = runs(self.layers, chunks_at_once(self.array.chunk_bytes))
         return [(self.layers[a], b - a, slice(a * unit, b * unit)) for a, b in cuts]
+
+
+class Buffers:
+    """Memory for the feature arrays of some tiles.
+
+    Args:
+        held: Group name to array name to the array's memory.
+        bytes_per_tile: Of all arrays.
+    """
+
+    def __init__(self, held: Mapping[str, Mapping[str, Buffer]], bytes_per_tile: int) -> None:
+        self._held, self.bytes_per_tile = held, bytes_per_tile
+        self.all = [buffer for arrays in held.values() for buffer in arrays.values()]
+
+    def first(self, tiles: int) -> Stored:
+        """The arrays of the first tiles."""
+        return {
+            group: {name: buffer.values[:tiles] for name, buffer in arrays.items()}
+            for group, arrays in self._held.items()
+        }
 
 
 class Request:
