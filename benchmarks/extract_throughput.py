@@ -45,8 +45,9 @@ from satdifuser.extract.settings import BackboneSettings, ExtractSettings, Folde
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.fuse.data import MapLoader
 from satdifuser.fuse.inputs import named_inputs
+from satdifuser.fuse.run_network import new_network
 from satdifuser.fuse.settings import FitSettings
-from satdifuser.fuse.train import loss, new_network
+from satdifuser.fuse.train import loss
 from satdifuser.store.device import device_name
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.settings import StoreSettings

@@ -42,7 +42,7 @@ from satdifuser.evaluate.samples import (
 from satdifuser.evaluate.settings import EvaluateSettings, ProbeSettings
 from satdifuser.fuse.data import labelled
 from satdifuser.fuse.run_folder import RUN_FILE, Run, open_run, save_run
-from satdifuser.fuse.train import Prediction
+from satdifuser.fuse.run_network import Prediction
 from satdifuser.store.encoding import Floats
 from satdifuser.store.reader import FeatureStore, Indices
 

@@ -44,7 +44,7 @@ from satdifuser.evaluate.settings import EvaluateSettings
 from satdifuser.fuse.data import MapLoader, labelled
 from satdifuser.fuse.reference import WAITING, complete
 from satdifuser.fuse.run_folder import METRICS_FILE, SETTINGS_FILE, Run, open_run
-from satdifuser.fuse.train import load_network, predict, run_inputs
+from satdifuser.fuse.run_network import load_network, predict, run_inputs
 from satdifuser.store.files import write_durably
 from satdifuser.store.location import Location
 from satdifuser.store.reader import FeatureStore, Indices, open_store

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from satdifuser.evaluate.probes import LinearProbes, Probes
 from satdifuser.evaluate.samples import Input, input_positions, pooled_features, read_tiles
-from satdifuser.fuse.train import Prediction
+from satdifuser.fuse.run_network import Prediction
 from satdifuser.store.encoding import Floats
 from satdifuser.store.reader import FeatureStore, Indices
 

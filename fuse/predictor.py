@@ -13,7 +13,7 @@ from satdifuser.errors import RunError
 from satdifuser.fuse.data import Standard, as_feature_maps, decode, to_tensors
 from satdifuser.fuse.inputs import Statistics, whole_inputs
 from satdifuser.fuse.run_folder import Run
-from satdifuser.fuse.train import load_network
+from satdifuser.fuse.run_network import load_network
 from satdifuser.store.reader import Stored
 from satdifuser.store.schema import LayerInfo, differing_fields, group_layers
 

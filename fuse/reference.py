@@ -26,8 +26,8 @@ from satdifuser.fuse.reference_file import (
     read_checkpoint,
 )
 from satdifuser.fuse.run_folder import CHECKPOINT_FILE, METRICS_FILE, RUN_FILE, Run, load_weights, save_run
+from satdifuser.fuse.run_network import describe_run, new_network
 from satdifuser.fuse.settings import FitSettings, FusionName, Task
-from satdifuser.fuse.train import describe_run, new_network
 from satdifuser.store.reader import FeatureStore
 
 FUSIONS: dict[str, FusionName] = {"gw": "global", "lw": "localized", "moe": "moe"}

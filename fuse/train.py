@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,17 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from satdifuser.errors import RunError, SettingsError
-from satdifuser.fuse.data import MapLoader, TrainingData
+from satdifuser.fuse.data import TrainingData
 from satdifuser.fuse.fusion import FeatureMaps
 from satdifuser.fuse.grid import Candidate
-from satdifuser.fuse.inputs import Inputs, Statistics, choose_inputs, named_inputs, whole_inputs
-from satdifuser.fuse.network import OURS, Network, Variant, build_network, choose_head, choose_widths
+from satdifuser.fuse.inputs import choose_inputs
+from satdifuser.fuse.network import Network
 from satdifuser.fuse.processes import from_first, is_first, number, own_part, parallel, processes, weight_of
-from satdifuser.fuse.run_folder import Run, load_weights
-from satdifuser.fuse.settings import OF_A_SWEEP, FitSettings, FusionName
-from satdifuser.store.device import check_dtype, choose_device, device_name, gpu_uuid
+from satdifuser.fuse.run_network import Prediction, describe_run, mask_size, new_network, predict_batch
+from satdifuser.fuse.settings import FitSettings
+from satdifuser.store.device import check_dtype, choose_device, gpu_uuid
 from satdifuser.store.energy import EnergyMeter, sum_if_all_tell
-from satdifuser.store.place import typical_pixel_size
 from satdifuser.store.reader import FeatureStore
 
 MAIN_METRIC = {"classification": "accuracy", "multilabel": "f1_micro", "segmentation": "miou"}
@@ -39,9 +38,6 @@ MAIN_METRIC = {"classification": "accuracy", "multilabel": "f1_micro", "segmenta
 
 COST = ("seconds", "device_seconds", "joules")
 """Of an epoch and of a whole training: wall time, what of it the device worked on, energy if it is shown."""
-
-Prediction = tuple[NDArray[np.float32], NDArray[np.int64]]
-"""Probabilities (B, classes) or (B, classes, H, W), and targets (B,), (B, classes) or (B, H, W)."""
 
 
 class Scorer(Protocol):
@@ -263,71 +259,6 @@ def share_cost(own: Sequence[float], seconds: float, joules: float | None) -> li
     ]
 
 
-def describe_run(
-    store: FeatureStore,
-    inputs: Inputs,
-    settings: FitSettings,
-    fusion: FusionName,
-    seed: int | None,
-    network: Network,
-    state: Mapping[str, Tensor],
-) -> dict[str, Any]:
-    """A run.json as far as it does not tell of the training.
-
-    ``resolved`` says what became of the settings that may be ``auto``.
-
-    Args:
-        store: What the run is for.
-        inputs: What the network sees of it.
-        settings: Of the training.
-        fusion: Which fusion module.
-        seed: Of the training; None where it is not known.
-        network: The network.
-        state: Its weights that are kept.
-    """
-    a = store.attributes
-    projection, norm_groups = choose_widths(inputs.channels, settings)
-    head = choose_head(a.task, settings) if a.task else None
-    partition = store.choose_partition(settings.partition)
-    device = choose_device(settings.device, "fit.device")
-    return {
-        "format_version": 1,
-        "kind": "fusion",
-        "task": a.task,
-        "fusion": fusion,
-        "head": head,
-        "seed": seed,
-        "partition": partition,
-        "classes": a.classes,
-        "ignore_value": a.ignore_value,
-        "timesteps": inputs.timesteps,
-        "layers": [layer.model_dump() for layer in inputs.layers],
-        "feature_identity": a.feature_identity,
-        "pixel_size_m": typical_pixel_size(store),
-        "store": {"path": str(store.path), "hashes": store.hashes().model_dump()},
-        "fit": settings.model_dump(mode="json"),
-        "resolved": {
-            "task": a.task,
-            "partition": partition,
-            "head": head,
-            "projection": projection,
-            "norm_groups": norm_groups,
-            "device": str(device),
-            "device_name": device_name(device),
-            "processes": processes(),
-        },
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "weights": mixing_weights(inputs, state) if fusion == "global" else None,
-    }
-
-
-def mixing_weights(inputs: Inputs, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Learned weights of the global fusion, (T, L) with layers from fine to coarse."""
-    layers = [layer.name for held in inputs.by_stride.values() for layer in held]
-    weights = state["fusion.mixing_weights"].softmax(0).view(-1, len(layers))
-    return {"timesteps": inputs.timesteps, "layers": layers, "values": weights.tolist()}
-
-
 def loss(logits: Tensor, targets: Tensor, ignore: int) -> Tensor:
     """Mean cross-entropy over the targets that are not ignored; binary for each class of a multilabel task.
 
@@ -349,12 +280,7 @@ def holds_batch_norm(network: Network) -> bool:
     )
 
 
-def mask_size(targets: Tensor) -> tuple[int, int] | None:
-    """Height and width of masks (B, H, W); None for labels."""
-    return None if targets.ndim < 3 else (targets.shape[-2], targets.shape[-1])
-
-
-def training_order(tiles: int, batch_size: int, seed: list[int], min_steps: int = 0) -> NDArray[np.intp]:
+def training_order(tiles: int, batch_size: int, seed: list[int], min_steps: int) -> NDArray[np.intp]:
     """A shuffled order of tiles, all of them as often as `min_steps` batches need.
 
     A last batch of one tile for a process is left out, since batch norm needs two.
@@ -367,38 +293,6 @@ def training_order(tiles: int, batch_size: int, seed: list[int], min_steps: int 
     return order[:-last] if 0 < last < 2 * processes() and last < len(order) else order
 
 
-def new_network(
-    store: FeatureStore, inputs: Inputs, settings: FitSettings, fusion: FusionName, variant: Variant = OURS
-) -> Network:
-    """Build the network for what it sees of a store, and its classes."""
-    a = store.attributes
-    if a.task is None:
-        raise SettingsError(f"{store.path}: holds no targets to fit to")
-    return build_network(
-        fusion, inputs.channels, len(inputs.timesteps), len(a.classes), a.task, settings, variant
-    )
-
-
-def run_inputs(run: Run, store: FeatureStore) -> Inputs:
-    """What a run's network sees of a store."""
-    return named_inputs(store, run.info["timesteps"], [layer["name"] for layer in run.info["layers"]])
-
-
-def load_network(run: Run) -> tuple[Network, Statistics | None, FitSettings]:
-    """Rebuild a run's network with its weights, in evaluation mode; no store is needed."""
-    info = run.info
-    settings = FitSettings.model_validate({k: v for k, v in info["fit"].items() if k not in OF_A_SWEEP})
-    settings = settings.model_copy(update={"head": info["head"]})  # what auto was when it was fitted
-    variant = Variant(**info.get("variant", {}))  # of a run that was imported
-    channels = whole_inputs(info["timesteps"], run.layers).channels
-    steps, classes = len(info["timesteps"]), len(info["classes"])
-    network = build_network(info["fusion"], channels, steps, classes, info["task"], settings, variant)
-    state, statistics = load_weights(run)
-    network.load_state_dict(state)
-    # not the device of the fit: a run made on a GPU is used on machines without one
-    return network.to(choose_device("auto", "fit.device")).eval(), statistics, settings
-
-
 def learning_rate(epoch: float, settings: FitSettings) -> float:
     """Linear warm-up from ``warmup_lr``, then half a cosine down to ``final_lr``; epoch may be fractional."""
     if epoch < settings.warmup_epochs:
@@ -407,21 +301,3 @@ def learning_rate(epoch: float, settings: FitSettings) -> float:
     final = min(settings.final_lr, settings.lr)
     progress = (epoch - settings.warmup_epochs) / max(settings.epochs - settings.warmup_epochs, 1)
     return final + (settings.lr - final) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-
-
-def predict(
-    network: Network, loader: MapLoader, settings: FitSettings, statistics: Statistics | None
-) -> Iterator[Prediction]:
-    """Yield the probabilities and targets of all of a loader's tiles, in their order."""
-    network.eval()
-    order = np.arange(len(loader.rows))
-    for maps, targets in loader.labelled_batches(order, settings.batch_size, statistics):
-        yield predict_batch(network, maps, targets)
-
-
-@torch.no_grad()
-def predict_batch(network: Network, maps: FeatureMaps, targets: Tensor) -> Prediction:
-    """The probabilities of some tiles, beside their targets."""
-    logits, _ = network(maps, mask_size(targets))
-    probabilities = logits.sigmoid() if targets.shape == logits.shape else logits.softmax(1)
-    return probabilities.cpu().numpy(), targets.numpy()

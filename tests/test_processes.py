@@ -54,7 +54,12 @@ def test_batches_that_cannot_be_shared(batch_size: int, tiles: int, monkeypatch:
 
 def test_a_last_batch_has_two_tiles_for_each_process_or_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("satdifuser.fuse.train.processes", lambda: 2)
-    assert [len(training_order(tiles, 8, [0, 0])) for tiles in (3, 16, 19, 20)] == [3, 16, 16, 20]
+    assert [len(training_order(tiles, 8, [0, 0], min_steps=0)) for tiles in (3, 16, 19, 20)] == [
+        3,
+        16,
+        16,
+        20,
+    ]
 
 
 def test_alone_nothing_is_shared() -> None:

@@ -34,8 +34,8 @@ from satdifuser.fuse.network import Network
 from satdifuser.fuse.reference import export_reference, import_reference
 from satdifuser.fuse.reference_file import ReferenceConfig, read_checkpoint
 from satdifuser.fuse.run_folder import load_weights, open_run
+from satdifuser.fuse.run_network import load_network
 from satdifuser.fuse.settings import FitSettings
-from satdifuser.fuse.train import load_network
 from satdifuser.store.encoding import encode
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import LayerInfo, group_layers

@@ -22,7 +22,7 @@ from satdifuser.evaluate.report.runs import command_of
 from satdifuser.evaluate.report.stores import preview, sample_rows
 from satdifuser.fuse.data import MapLoader
 from satdifuser.fuse.run_folder import Run
-from satdifuser.fuse.train import load_network, run_inputs
+from satdifuser.fuse.run_network import load_network, run_inputs
 from satdifuser.store.reader import FeatureStore, Indices
 
 SAMPLED_TILES, SHOWN_TILES, SHOWN_GATES, TILES_AT_ONCE = 32, 3, 3, 8
