@@ -305,8 +305,8 @@ def _send(
 
 def largest(maps: Tensor) -> Tensor:
     """Largest magnitude of each tile, timestep and layer: (B, T, L, C, H, W) to (B, T, L); NaN if any is."""
-    low, high = maps.flatten(3).aminmax(dim=3)
-    return torch.maximum(-low, high)
+    axes = (3, 4, 5)
+    return torch.maximum(-maps.amin(axes), maps.amax(axes))
 
 
 def check_finite(

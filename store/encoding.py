@@ -83,8 +83,9 @@ def encode(maps: Any, encoding: Encoding, pool: int = 1) -> dict[str, Any]:
 def _quantise(maps: Any, encoding: Encoding) -> dict[str, Any]:
     xp = array_namespace(maps)
     if encoding in ("int8", "reduced"):
-        scale = xp.max(xp.abs(maps), axis=(-2, -1)) / INT8_MAX
-        codes = xp.clip(xp.round(maps / _safe(scale)), -INT8_MAX, INT8_MAX)
+        scale = _magnitudes(maps) / INT8_MAX
+        codes = maps / _safe(scale)
+        codes = xp.clip(xp.round(codes, out=codes), -INT8_MAX, INT8_MAX, out=codes)
         return {"values": xp.astype(codes, xp.int8), "scale": scale}
     if encoding == "int4":
         # Libraries differ in which of 0 and -0 is the smaller: + 0 leaves no -0.
@@ -94,6 +95,13 @@ def _quantise(maps: Any, encoding: Encoding) -> dict[str, Any]:
         return {"values": pack_pairs(xp.astype(codes, xp.uint8)), "scale": scale, "offset": low}
     values = xp.astype(maps, getattr(xp, FORMS[encoding].dtype))
     return {"values": _rounded(values) if encoding == "rounded" else values}
+
+
+def _magnitudes(maps: Any) -> Any:
+    """Largest magnitude of each map: (..., C, H, W) to (..., C)."""
+    xp = array_namespace(maps)
+    low, high = (extreme(maps, axis=(-2, -1)) for extreme in (xp.min, xp.max))
+    return xp.maximum(xp.abs(low), xp.abs(high))  # no copy of the maps, as their absolute values would be
 
 
 def _safe(scale: Any) -> Any:
@@ -125,8 +133,8 @@ def spatial_means(maps: Any) -> Any:
     sums = xp.reshape(maps, (*maps.shape[:-2], pixels))
     while (count := sums.shape[-1]) > 1:  # fold the second half onto the first
         half = count // 2
-        first, second = sums[..., :half], sums[..., half : 2 * half]
-        folded = xp.astype(first, xp.float64) + xp.astype(second, xp.float64)
+        folded = xp.astype(sums[..., :half], xp.float64)
+        folded += sums[..., half : 2 * half]
         odd = xp.astype(sums[..., 2 * half :], xp.float64)
         sums = xp.concat([folded, odd], axis=-1) if count % 2 else folded
     return xp.astype(xp.astype(sums[..., 0], xp.float64) / pixels, xp.float32)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from satdifuser.errors import ImageError, SettingsError
 from satdifuser.extract.images import (
     COLOUR_STATISTICS,
+    PERCENTILES,
     colour_statistics,
     preview,
     raw_means,
@@ -122,6 +123,10 @@ def test_colour_statistics_means_and_preview() -> None:
     assert values["green_gradient_mean"] == pytest.approx(0.25)
     assert values["green_gradient_std"] == pytest.approx(0)
     assert preview(ramp)[0, :, 1].tolist() == [0, 64, 128, 191, 255]
+    noise = np.random.default_rng(0).random((3, 7, 9), np.float32)
+    values = dict(zip(COLOUR_STATISTICS, colour_statistics(noise).tolist(), strict=True))
+    expected = np.percentile(noise[1], PERCENTILES)
+    np.testing.assert_allclose([values[f"green_p{p}"] for p in PERCENTILES], expected, rtol=1e-6)
     valid = np.arange(16).reshape(4, 4) < 8
     image = np.where(valid, 10, 99)[None].astype(np.uint16)
     assert raw_means(make_tile(image, valid=valid)) == [10]
