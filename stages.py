@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from satdifuser.errors import SettingsError
 from satdifuser.pipeline import Pipeline, load_run
+from satdifuser.store.location import Location, is_tiff
 
 if TYPE_CHECKING:
     from satdifuser.evaluate.maps.predict import Request
     from satdifuser.fuse.predictor import Predictor
-    from satdifuser.store.location import Location
     from satdifuser.store.reader import FeatureStore
-
-SCENE_SUFFIXES = (".tif", ".tiff")
 
 
 def run_pipeline(pipeline: Pipeline, overwrite: bool = False, ignore_free_space: bool = False) -> str:
@@ -118,7 +116,11 @@ def run_prediction(folder: Path, place: Location, request: Request, how: SceneRe
 
     predictor = Predictor(open_run(folder))
     check_request(request, predictor)
-    if isinstance(place, Path) and place.suffix.lower() in SCENE_SUFFIXES:
+    if is_tiff(place):
+        if request.tiles != "*":
+            raise SettingsError(
+                f"--tiles: is for stores, but got the scene {place}; name a --window or --aoi"
+            )
         return predict_scene(predictor, place, request, how)
     given = [name for name, value in how.named().items() if value]
     if given:
@@ -159,13 +161,13 @@ def predict_scene(predictor: Predictor, path: Path, request: Request, how: Scene
     grid = scene.grid(tile, overlap)
     raster = Raster(scene.header.size, scene.crs_wkt, scene.place.transform)
     facts = Scene(path.name, raster, scene.header.date)
+    area = find_area(raster, request)
     if how.store is not None:
         if factor != 1:
             raise SettingsError("--store: keeps features of the scene's own pixels; leave out --resample")
         source = settings.model_copy(update={"overlap": overlap, "pad": True})
         store = extract(pipeline.model_copy(update={"source": source}).job(), how.store)
         return predict_store(predictor, store, request, facts)
-    area = find_area(raster, request)
     features, identity = scene_features(pipeline.job(), scene, grid.touching(area.window), request.out)
     predictor.require_features(identity, str(path))
     identity |= {"scene": str(path), "state": scene_state(scene), "tile": tile, "overlap": overlap}

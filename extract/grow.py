@@ -39,6 +39,7 @@ from satdifuser.extract.noising import check_timesteps
 from satdifuser.extract.plan import format_bytes, with_margin
 from satdifuser.extract.sources import list_tiles, open_source
 from satdifuser.extract.sources.tile import Source, TileRecord
+from satdifuser.store.card import carry_card
 from satdifuser.store.copy import tile_rows
 from satdifuser.store.files import take_place
 from satdifuser.store.georeference import Georeference
@@ -101,6 +102,7 @@ def grow(
             _require_space(growth)
         with open_or_create(beside, growth.new, overwrite) as writer:
             fill(growth, writer)
+        carry_card(growth.old, beside)
         take_place(beside, path)
     return FeatureStore(path)
 

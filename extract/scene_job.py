@@ -24,6 +24,7 @@ from satdifuser.store.place import ground_distance
 from satdifuser.store.schema import MAX_TILES_PER_SHARD
 from satdifuser.store.tile_grid import TileGrid
 
+LEAST_TILE = 8  # px of a scene that are seen as one tile; fewer would only be blown up
 TOLERATED = 1.5  # ratio of pixel sizes beyond which people are warned
 
 
@@ -65,8 +66,19 @@ class OpenScene:
         return 1.0
 
     def tile(self, fitted: tuple[int, int], factor: float) -> tuple[int, int]:
-        """(H, W) px of the scene that the backbone sees as one tile of the fitted size."""
-        return max(1, round(fitted[0] * factor)), max(1, round(fitted[1] * factor))
+        """(H, W) px of the scene that the backbone sees as one tile of the fitted size.
+
+        Raises:
+            SettingsError: they are too few to tell anything.
+        """
+        height, width = max(1, round(fitted[0] * factor)), max(1, round(fitted[1] * factor))
+        if factor < 1 and min(height, width) < LEAST_TILE:
+            raise SettingsError(
+                f"--resample: at this pixel size a tile of {fitted[0]} x {fitted[1]} px holds {height} x "
+                f"{width} px of {self.path}, expected {LEAST_TILE} or more a side: its pixels are too coarse "
+                "for this; leave out --resample, or fit a run on such pixels"
+            )
+        return height, width
 
     def grid(self, tile: tuple[int, int], overlap: int) -> TileGrid:
         """The tiles of (H, W) px that cover it, those at the bottom and right perhaps beyond it.

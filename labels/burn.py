@@ -24,7 +24,7 @@ from satdifuser.labels.classes import IGNORE
 from satdifuser.store.georeference import OPENING, Georeference
 
 MARGIN = 0.05  # of a tile's size, cut out beyond its edges
-PIECES = 16  # into which an edge as long as the tile is cut before it is projected
+PIECES, PIECE_PIXELS = 16, 64  # an edge is cut before it is projected: so many a tile, or one for so many px
 
 Overlaps = Literal["ignore", "first", "last"]
 
@@ -64,12 +64,12 @@ class PlacedShapes:
 
     def burn(self, place: Georeference, size: tuple[int, int]) -> Burnt:
         """Label the pixels of a tile of (H, W) px."""
-        region = self._region(place, size)
+        region = surroundings(place, size, self._crs)
         near = np.unique(self._tree.query(region, predicate="intersects"))
         mask = np.full(size, IGNORE, np.uint8)
         if not len(near):
             return Burnt(mask, 0, near)
-        shapes, owner = self._project(self._geometry[near], region, place)
+        shapes, owner = cut_out(self._geometry[near], region, self._crs, place, size)
         classes = self._classes[near[owner]]
         claims = np.zeros(size, np.int64)
         for index in np.unique(classes):
@@ -79,40 +79,9 @@ class PlacedShapes:
         contested = claims > 1
         if contested.any():
             mask[contested] = self._resolve(shapes, classes, place, size)[contested]
-        return Burnt(mask, int(contested.sum()), near)
-
-    def _region(self, place: Georeference, size: tuple[int, int]) -> Any:
-        """The tile's surroundings in the CRS of the shapes; empty where that CRS does not reach."""
-        left, bottom, right, top = transform_bounds(
-            place.crs, self._crs, *place.bounds(*size), densify_pts=21
-        )
-        if not np.isfinite([left, bottom, right, top]).all():
-            return shapely.Polygon()
-        turned = right < left  # across the antimeridian
-        parts = [(left, 180.0), (-180.0, right)] if turned else [(left, right)]
-        boxes = []
-        for west, east in parts:
-            margin = MARGIN * max(east - west, top - bottom)
-            boxes.append(shapely.box(west - margin, bottom - margin, east + margin, top + margin))
-        return shapely.union_all(boxes)
-
-    def _project(
-        self, geometry: NDArray[Any], region: Any, place: Georeference
-    ) -> tuple[Any, NDArray[np.intp]]:
-        """What of some shapes lies near the tile, in its CRS, and which shape each is of."""
-        crs = CRS.from_user_input(place.crs)
-        if crs == self._crs:
-            return geometry, np.arange(len(geometry))
-        left, bottom, right, top = shapely.bounds(region)
-        parts, owner = shapely.get_parts(shapely.intersection(geometry, region), return_index=True)
-        wide = shapely.get_dimensions(parts) == shapely.get_dimensions(geometry)[owner]  # no mere touch
-        parts, owner = parts[wide], owner[wide]
-        fine = shapely.segmentize(parts, max(right - left, top - bottom) / PIECES)
-
-        def project(points: NDArray[np.float64]) -> NDArray[np.float64]:
-            return np.column_stack(transform(self._crs, crs, points[:, 0], points[:, 1]))
-
-        return shapely.transform(fine, project), owner
+        tile = shapely.Polygon(place.corners(*size))
+        there = shapely.intersects(shapes, tile) & ~shapely.touches(shapes, tile)
+        return Burnt(mask, int(contested.sum()), near[np.unique(owner[there])])
 
     def _resolve(
         self, shapes: Any, classes: NDArray[np.uint8], place: Georeference, size: tuple[int, int]
@@ -137,3 +106,47 @@ class PlacedShapes:
                 dtype="uint8",
             )
         return burnt
+
+
+def surroundings(place: Georeference, size: tuple[int, int], crs: CRS) -> Any:
+    """A polygon around a grid of (H, W) px in another CRS; empty where that CRS does not reach."""
+    left, bottom, right, top = transform_bounds(place.crs, crs, *place.bounds(*size), densify_pts=21)
+    if not np.isfinite([left, bottom, right, top]).all():
+        return shapely.Polygon()
+    turned = right < left  # across the antimeridian
+    parts = [(left, 180.0), (-180.0, right)] if turned else [(left, right)]
+    boxes = []
+    for west, east in parts:
+        margin = MARGIN * max(east - west, top - bottom)
+        boxes.append(shapely.box(west - margin, bottom - margin, east + margin, top + margin))
+    return shapely.union_all(boxes)
+
+
+def cut_out(
+    geometry: NDArray[Any], region: Any, crs: CRS, place: Georeference, size: tuple[int, int]
+) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """What of some shapes lies near a grid, in its CRS.
+
+    Args:
+        geometry: (S,) shapes.
+        region: What `surroundings` returns.
+        crs: Of shapes and region.
+        place: Of the grid.
+        size: (H, W) px.
+
+    Returns:
+        The parts, and which shape each is of.
+    """
+    other = CRS.from_user_input(place.crs)
+    if crs == other:
+        return geometry, np.arange(len(geometry))
+    left, bottom, right, top = shapely.bounds(region)
+    parts, owner = shapely.get_parts(shapely.intersection(geometry, region), return_index=True)
+    wide = shapely.get_dimensions(parts) == shapely.get_dimensions(geometry)[owner]  # no mere touch
+    pieces = max(PIECES, max(size) // PIECE_PIXELS)
+    fine = shapely.segmentize(parts[wide], max(right - left, top - bottom) / pieces)
+
+    def project(points: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.column_stack(transform(crs, other, points[:, 0], points[:, 1]))
+
+    return np.asarray(shapely.transform(fine, project)), owner[wide]

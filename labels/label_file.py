@@ -25,9 +25,9 @@ from satdifuser.labels.vectors import (
     sorted_names,
 )
 from satdifuser.store.georeference import Georeference, georeference_of, open_raster
+from satdifuser.store.location import TIFF_SUFFIXES, is_tiff
 
-RASTER_SUFFIXES = (".tif", ".tiff")
-LABEL_SUFFIXES = (*RASTER_SUFFIXES, *VECTOR_SUFFIXES)
+LABEL_SUFFIXES = (*TIFF_SUFFIXES, *VECTOR_SUFFIXES)
 
 
 @dataclass
@@ -80,7 +80,7 @@ def open_labels(
     class_list = read_classes(classes) if classes else None
     if is_vector(path):
         return VectorLabels(path, settings, class_list, known)
-    if path.suffix.lower() in RASTER_SUFFIXES:
+    if is_tiff(path):
         return RasterLabels(path, class_list, known)
     raise SettingsError(
         f"{path}: got the ending {path.suffix!r}, expected labels in a file that ends in "

@@ -25,6 +25,7 @@ from satdifuser.labels.label_file import LabelFile, Tally, explain_miss, open_la
 from satdifuser.labels.settings import LabelSettings, RandomSplit
 from satdifuser.labels.spatial import Drawn, draw_partitions, leak_warning
 from satdifuser.labels.splits import splits_of_shares
+from satdifuser.store.card import carry_card
 from satdifuser.store.files import file_digest, take_place
 from satdifuser.store.layout import UNLABELLED
 from satdifuser.store.location import Location, is_remote
@@ -83,6 +84,7 @@ def label_store(place: Location, labels: Path, settings: LabelSettings) -> tuple
         notes = [*survey.notes, *drawn.notes]
         try:
             _write(old, file, settings, survey, drawn, beside)
+            carry_card(old, beside)
             take_place(beside, path)
         finally:
             if path.exists():  # else the new store is all there is

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from satdifuser.store.encoding import FORMS
+from satdifuser.store.files import CARD, write_durably
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import Attributes
 
@@ -16,9 +17,27 @@ PAPER = (
 )
 
 
-def store_card(store: FeatureStore) -> str:
-    """The text of a complete store's card, in Markdown."""
-    a, name = store.attributes, Path(str(store.path)).name
+def carry_card(old: FeatureStore, new: Path) -> None:
+    """Give a store that will take another one's place that one's card if people edited it, else a new one.
+
+    Args:
+        old: The store in the place.
+        new: The folder of the other store.
+    """
+    text = old.card()
+    edited = text is not None and text != store_card(old)
+    card = text if edited and text else store_card(FeatureStore(new), Path(str(old.path)).name)
+    write_durably(new / CARD, card.encode())
+
+
+def store_card(store: FeatureStore, name: str = "") -> str:
+    """The text of a complete store's card, in Markdown.
+
+    Args:
+        store: The store.
+        name: What it will be called; "" for the name it has.
+    """
+    a, name = store.attributes, name or Path(str(store.path)).name
     sections = {
         f"# {name}: diffusion features of {a.tiles} satellite image tiles": (
             "Self-attention and ResNet outputs of a frozen diffusion model's U-Net, which any Zarr v3 reader "

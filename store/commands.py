@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from satdifuser.errors import SettingsError, StoreError
-from satdifuser.store.location import Location, is_remote, location
+from satdifuser.store.location import Location, is_remote, is_tiff, location
 from satdifuser.store.settings import Encoding, StoreSettings
 
 if TYPE_CHECKING:
     from satdifuser.store.verify import Findings
 
-AGAIN = "run the same `satdifuser extract` command again"
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
 
@@ -51,7 +50,7 @@ def info(store: Location, card: bool, stac: bool, as_json: bool) -> None:
 
     opened = open_store(store)
     if card:
-        click.echo(store_card(opened), nl=False)
+        click.echo(opened.card() or store_card(opened), nl=False)
         return
     if stac:
         from satdifuser.store.stac import store_item
@@ -85,14 +84,9 @@ def verify(ctx: click.Context, store: Location, deep: bool, as_json: bool) -> No
         cheap = "all files are there in their sizes; --deep also reads every byte"
         click.echo("\n".join(problems) or f"{store}: {'whole (every byte checked)' if deep else cheap}")
     if found.damaged:
-        deeply = " --deep" if deep else ""
-        click.echo(
-            f"to mend: `satdifuser store repair {store}{deeply}` drops the damaged shards, and the same "
-            "`satdifuser extract` command again redoes them; or copy the store anew",
-            err=True,
-        )
+        click.echo(f"to mend: {opened.redo(deep)}", err=True)
     elif problems:
-        click.echo(f"{opened.missing_text() if found.missing else 'to mend'}: {AGAIN}", err=True)
+        click.echo(f"{opened.missing_text() if found.missing else 'to mend'}: {opened.again()}", err=True)
     ctx.exit(1 if problems else 0)
 
 
@@ -102,6 +96,7 @@ def verify(ctx: click.Context, store: Location, deep: bool, as_json: bool) -> No
 @json_option
 def repair(store: Location, deep: bool, as_json: bool) -> None:
     """Drop a store's damaged shards, so that its `satdifuser extract` command redoes just those."""
+    from satdifuser.store.reader import open_store
     from satdifuser.store.repair import repair as drop_damaged
 
     if not isinstance(store, Path) or is_remote(store):
@@ -114,7 +109,7 @@ def repair(store: Location, deep: bool, as_json: bool) -> None:
         lines = [f"dropped shard {shard}: {problems[0]}" for shard, problems in sorted(found.damaged.items())]
         click.echo("\n".join(lines) or f"{store}: no damaged shard")
     if missing:
-        click.echo(f"to redo what is missing: {AGAIN}", err=True)
+        click.echo(f"to redo what is missing: {open_store(store).again()}", err=True)
     elif not deep:
         click.echo("--deep also finds damage that left the files' sizes as they were", err=True)
 
@@ -151,16 +146,17 @@ def copy(
 
     opened = open_store(store)
     if isinstance(out, str):
-        if splits or timesteps or encoding or (tiles, layers) != ("*", "*") or opened.folder != opened.path:
+        whole = (splits, timesteps, encoding, tiles, layers) == (None, None, None, "*", "*")
+        if not whole or opened.folder != opened.path:
             raise SettingsError(
                 f"-o {out}: only a whole local store goes to an address; copy to a folder first"
             )
         upload(opened, out, overwrite)
         click.echo(open_store(out))
         return
-    steps = whole_numbers("--timesteps", timesteps) if timesteps else None
+    steps = None if timesteps is None else whole_numbers("--timesteps", timesteps)
     settings = StoreSettings(encoding=encoding or opened.attributes.encoding)
-    chosen = splits.split(",") if splits else []
+    chosen = [] if splits is None else splits.split(",")
     click.echo(copy_store(opened, out, chosen, tiles, steps, layers.split(","), settings, overwrite))
 
 
@@ -186,10 +182,12 @@ def export(store: Location, out: Path, timesteps: str | None, layers: str, split
     from satdifuser.store.reader import open_store
 
     opened = open_store(store)
-    steps = whole_numbers("--timesteps", timesteps) if timesteps else opened.attributes.timesteps
-    if out.suffix == ".parquet":
-        export_pooled(opened, out, steps, layers.split(","), splits.split(",") if splits else [])
-    elif out.suffix in (".tif", ".tiff"):
+    held = opened.attributes.timesteps
+    steps = held if timesteps is None else whole_numbers("--timesteps", timesteps)
+    if out.suffix.lower() == ".parquet":
+        chosen = [] if splits is None else splits.split(",")
+        export_pooled(opened, out, steps, layers.split(","), chosen)
+    elif is_tiff(out):
         if len(steps) > 1 or splits:
             raise SettingsError(
                 f"-o {out}: a GeoTIFF takes one of --timesteps, one of --layers, and all tiles"

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from satdifuser.errors import StoreError
-from satdifuser.store.encoding import decode_formula, encode
+from satdifuser.errors import SettingsError, StoreError
+from satdifuser.store.encoding import content_digest, decode_formula, encode
 from satdifuser.store.layout import ROW_TEXT_FIELDS
 from satdifuser.store.reader import FeatureStore, Indices, Selection
 from satdifuser.store.schema import (
@@ -68,13 +68,14 @@ def copy_store(
         tiles: Only tiles whose id matches this pattern.
         timesteps: Only these; None for all.
         layers: Only those that match one of these names or patterns.
-        settings: Encoding, pool and shards of the copy; None for the encoding and shards of the store.
+        settings: Encoding, pool and shards of the copy; None for the encoding of the store.
         overwrite: Replace a store that is there.
 
     Raises:
         StoreError: the store is incomplete or damaged, no tile is left, or something else is at `out`.
-        SettingsError: there is no such split, timestep or layer.
+        SettingsError: there is no such split, timestep or layer, or `out` is the store itself.
     """
+    _check_apart(out, [store])
     part = Part(store, _chosen_rows(store, splits, tiles), store.selection(timesteps, layers))
     settings = settings or StoreSettings(encoding=store.attributes.encoding)
     attributes = _copied_attributes(part, settings)
@@ -90,7 +91,9 @@ def merge_stores(
 
     Raises:
         StoreError: they differ in more than their tiles, or in a tile that both hold, or one is incomplete.
+        SettingsError: `out` is one of them.
     """
+    _check_apart(out, [first, second])
     _check_alike(first, second)
     rows = _chosen_rows(second)
     new = rows[~np.isin(second.table("tiles/tile_id")[rows], first.table("tiles/tile_id"))]
@@ -104,12 +107,16 @@ def merge_stores(
     return FeatureStore(out)
 
 
+def _check_apart(out: Path, sources: Sequence[FeatureStore]) -> None:
+    """Refuse to overwrite what is read."""
+    for source in sources:
+        if out.resolve() == source.folder.resolve():
+            raise SettingsError(f"-o {out}: is the store that is read; choose another folder")
+
+
 def _chosen_rows(store: FeatureStore, splits: Sequence[str] = (), tiles: str = "*") -> Indices:
     store.require_complete()
-    if splits:
-        rows = np.sort(np.concatenate([store.select(split) for split in splits]))
-    else:
-        rows = np.arange(store.attributes.tiles)
+    rows = store.select_splits(splits) if splits else np.arange(store.attributes.tiles)
     names = store.table("tiles/tile_id")[rows]
     chosen: Indices = rows[[fnmatchcase(str(name), tiles) for name in names]]
     if not len(chosen):
@@ -179,8 +186,15 @@ def _described(parts: Sequence[Part], like: Attributes, settings: StoreSettings)
             "tiles_per_shard": min(per_shard, len(names)),
             "left_out": sum(part.store.attributes.left_out for part in parts),
             "planned": planned,
+            "copied_from": [_digest(part) for part in parts],
         }
     )
+
+
+def _digest(part: Part) -> str:
+    """The content_digest of the tiles of a part."""
+    ids, digests = (part.store.table(f"tiles/{name}")[part.rows] for name in ("tile_id", "digest"))
+    return content_digest(ids, digests)
 
 
 def _check_alike(first: FeatureStore, second: FeatureStore) -> None:

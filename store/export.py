@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from rasterio.windows import Window
 from tqdm import tqdm
 
 from satdifuser.errors import SettingsError, StoreError
-from satdifuser.store.files import PARTIAL_SUFFIX
+from satdifuser.store.files import PARTIAL_SUFFIX, make_folder
 from satdifuser.store.reader import FeatureStore, Indices
+from satdifuser.store.tile_grid import MOST_EMPTY
 
 CORNERS = ((0, 0), (1, 0), (1, 1), (0, 1), (0, 0))  # of a tile, in tile widths and heights
 OFF_GRID = 1e-3  # feature pixels by which a tile may miss the grid: coordinates are rounded in many files
@@ -61,25 +63,24 @@ def export_pooled(
     store.require_complete()
     steps = store.selection(timesteps, layers).steps
     positions = store.layer_positions(layers)
-    rows = np.sort(np.concatenate([store.select(split) for split in splits])) if splits else store.select()
+    rows = store.select_splits(splits) if splits else store.select()
     crs = _common_crs(store, rows)
-    writer: pq.ParquetWriter | None = None
-    with _written_whole(out) as partial:
-        for part in tqdm(_by_shard(store, rows), desc="export", unit="shard", disable=None):
-            columns = _tile_columns(store, part, crs) | _vector_columns(store, part, steps, positions)
-            table = pa.table(columns)
-            if writer is None:
-                metadata = {"geo": json.dumps(_geo(crs))} if crs else {}
-                writer = pq.ParquetWriter(partial, table.schema.with_metadata(metadata))
-            writer.write_table(table.cast(writer.schema))
-        if writer is not None:
-            writer.close()
+    tables = (
+        pa.table(_tile_columns(store, part, crs) | _vector_columns(store, part, steps, positions))
+        for part in tqdm(_by_shard(store, rows), desc="export", unit="shard", disable=None)
+    )
+    first = next(tables)
+    schema = first.schema.with_metadata({"geo": json.dumps(_geo(crs))} if crs else {})
+    with _written_whole(out) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for table in chain([first], tables):
+            writer.write_table(table.cast(schema))
     return len(rows)
 
 
 @contextmanager
 def _written_whole(out: Path) -> Iterator[Path]:
     """A file beside `out` that takes its place at the end, and not before."""
+    make_folder(out.parent)
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         yield partial
@@ -248,6 +249,12 @@ def _find_grid(store: FeatureStore, rows: Indices, height: int, width: int) -> G
         )
     low = places.min(axis=0)
     size = (places.max(axis=0) - low + (height, width)).astype(int)
+    if size.prod() > MOST_EMPTY * len(rows) * height * width:
+        raise StoreError(
+            f"{store.path}: its {len(rows)} tiles are strewn over {size[0]} x {size[1]} feature pixels, so "
+            "that a raster of them would be all but empty; export .parquet instead, or first `satdifuser "
+            "store copy --tiles` those of one scene"
+        )
     x, y = pixel @ low[::-1] + (c, f)
     shifted = Affine(*pixel[0], x, *pixel[1], y)
     return Grid(str(names.pop()), shifted, (int(size[0]), int(size[1])), (places - low).astype(np.int64))

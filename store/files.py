@@ -130,10 +130,12 @@ def discard(folder: Path) -> None:
 
 
 def take_place(new: Path, path: Path) -> None:
-    """Let a store that was built beside another one take its place."""
-    discard(path)
+    """Let a store that was built beside another one take its place, before the other one is deleted."""
+    aside = aside_name(path)
+    path.rename(aside)
     new.rename(path)
     sync_folder(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)  # what is left of it goes with the next write to the store
 
 
 def aside_name(path: Path) -> Path:

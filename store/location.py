@@ -1,19 +1,42 @@
-"""Where a store may be: in a local folder, in a .zip file, or at an address."""
+"""Where a store may be: in a local folder, in a .zip file, or at an address; a GeoTIFF is none."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeGuard
 from urllib.parse import urlsplit
 
+from satdifuser.errors import SettingsError
+
 Location = Path | str  # a local folder or .zip file, or an address
+TIFF_SUFFIXES = (".tif", ".tiff")
 SCHEMES = ("s3", "gs", "http", "https")
 
 
 def location(text: str) -> Location:
-    """What a user's text stands for: an address as it is, else a path."""
-    return text.rstrip("/") if urlsplit(text).scheme in SCHEMES else Path(text)
+    """What a user's text stands for: an address as it is, else a path.
+
+    Raises:
+        SettingsError: it is an address of a kind that is not known.
+    """
+    if urlsplit(text).scheme in SCHEMES:
+        return text.rstrip("/")
+    if "://" in text:
+        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise SettingsError(f"{text}: got an address of this kind, expected one of {known}, or a path")
+    return Path(text)
 
 
 def is_remote(place: Location) -> bool:
     """Whether a store there is read through the local cache."""
-    return isinstance(place, str) or (place.suffix == ".zip" and place.is_file())
+    return isinstance(place, str) or (is_zip(place) and place.is_file())
+
+
+def is_tiff(place: Location) -> TypeGuard[Path]:
+    """Whether a place is named as a GeoTIFF, which is a raster and no store."""
+    return isinstance(place, Path) and place.suffix.lower() in TIFF_SUFFIXES
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a path is named as a .zip file."""
+    return path.suffix.lower() == ".zip"

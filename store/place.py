@@ -19,13 +19,13 @@ EDGE_POINTS = 20  # along each edge of a raster, whose edges may be curves in lo
 
 def centre(place: Georeference, size: tuple[int, int]) -> tuple[float, float]:
     """Longitude and latitude in degrees of the centre of a (H, W) px grid."""
-    return to_degrees(place, [place.at(size[0] / 2, size[1] / 2)])[0]
+    return to_degrees(place.crs, [place.at(size[0] / 2, size[1] / 2)])[0]
 
 
-def to_degrees(place: Georeference, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def to_degrees(crs: str, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Longitudes and latitudes of points in a CRS."""
     xs, ys = zip(*points, strict=True)
-    longitudes, latitudes = transform(CRS.from_string(place.crs), CRS.from_epsg(4326), xs, ys)
+    longitudes, latitudes = transform(CRS.from_string(crs), CRS.from_epsg(4326), xs, ys)
     return list(zip(map(float, longitudes), map(float, latitudes), strict=True))
 
 
@@ -60,7 +60,7 @@ def outline(place: Georeference, size: tuple[int, int]) -> list[tuple[float, flo
     steps = [step / EDGE_POINTS for step in range(EDGE_POINTS)]
     left, bottom = [(s * height, 0.0) for s in steps], [(height, s * width) for s in steps]
     right, top = [((1 - s) * height, width) for s in steps], [(0.0, (1 - s) * width) for s in steps]
-    ring = to_degrees(place, [place.at(*point) for point in (*left, *bottom, *right, *top)])
+    ring = to_degrees(place.crs, [place.at(*point) for point in (*left, *bottom, *right, *top)])
     return [*ring, ring[0]]
 
 

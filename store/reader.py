@@ -203,6 +203,10 @@ class FeatureStore(ShardedStore):
             )
         return rows
 
+    def select_splits(self, splits: Sequence[str]) -> Indices:
+        """The same of several splits of the partition in use, each row once."""
+        return np.unique(np.concatenate([self.select(split) for split in splits]))
+
     def places(self, rows: Indices) -> list[Georeference | None]:
         """Where some rows lie on the ground; None for tiles without a place."""
         crs, transforms = self.gather("tiles/crs", rows), self.gather("tiles/transform", rows)
@@ -372,9 +376,11 @@ class FeatureStore(ShardedStore):
             layers: A layer name or pattern, or several.
 
         Raises:
-            SettingsError: a timestep is not held, or no layer matches.
+            SettingsError: a timestep is not held, or named twice, or no layer matches.
         """
         held = self.attributes.timesteps if timesteps is None else timesteps
+        if len(set(held)) < len(held):
+            raise SettingsError(f"timesteps: name each once, got {', '.join(map(str, held))}")
         steps = [self._timestep_position(timestep) for timestep in held]
         positions: dict[str, list[int]] = {}
         for group, position, _ in self.layer_positions(layers):
@@ -457,7 +463,7 @@ class FeatureStore(ShardedStore):
             yield Batch(self.decode(stored), self.targets(chosen), ids, chosen)
 
     def to_xarray(self) -> xr.DataTree:
-        """The whole store as a lazy, dask-backed xarray DataTree."""
+        """The whole store as a lazy, dask-backed xarray DataTree; all of a remote store is fetched first."""
         import xarray as xr
 
         self.require_complete()

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 import shutil
 import uuid
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -44,8 +46,8 @@ class Place(Protocol):
     def read(self, key: str) -> Iterator[bytes]:
         """The bytes of a file, piece by piece; FileNotFoundError where there is none."""
 
-    def sizes(self) -> dict[str, int] | None:
-        """Every file's size; None where the place cannot list its files."""
+    def sizes(self, keys: Iterable[str]) -> dict[str, int]:
+        """The sizes of those of some files that are there."""
 
 
 class Mirror:
@@ -80,6 +82,20 @@ class Mirror:
                 break
             self._try(path, key, size, digest, last=attempt == ATTEMPTS)
         return path
+
+    def read_text(self, key: str) -> str | None:
+        """The text of a small file that no record names; None where there is none."""
+        try:
+            return b"".join(_at_most(self.place.read(key), MAX_METADATA_BYTES)).decode(errors="replace")
+        except (FileNotFoundError, _OtherBytesError):
+            return None
+
+    def digest_of(self, key: str) -> str:
+        """SHA-256 of a file where the store is, whatever is cached of it."""
+        digest = hashlib.sha256()
+        for piece in self._pieces(key):
+            digest.update(piece)
+        return digest.hexdigest()
 
     def fetch_all(self, keys: Iterable[str], fetch: Callable[[str], object]) -> None:
         """Fetch several files at once."""
@@ -203,12 +219,28 @@ class Bucket:
         with self._explained("its files"):
             obstore.delete(self.store, list(keys))
 
-    def sizes(self) -> dict[str, int] | None:
-        """Every file's size; None for web servers."""
+    def sizes(self, keys: Iterable[str]) -> dict[str, int]:
+        """The sizes of those of some files that are there; a web server is asked for each."""
+        if urlsplit(self.address).scheme not in ("http", "https"):
+            return self.all_sizes()
+        asked = list(keys)
+        with ThreadPoolExecutor(WORKERS, "size") as pool:
+            pairs = zip(asked, pool.map(self._size, asked), strict=True)
+            return {key: size for key, size in pairs if size is not None}
+
+    def _size(self, key: str) -> int | None:
         import obstore
 
-        if urlsplit(self.address).scheme in ("http", "https"):
+        try:
+            with self._explained(key):
+                return int(obstore.head(self.store, key)["size"])
+        except FileNotFoundError:
             return None
+
+    def all_sizes(self) -> dict[str, int]:
+        """Every file's size in a bucket."""
+        import obstore
+
         with self._explained("its list of files"):
             return {entry["path"]: entry["size"] for page in obstore.list(self.store) for entry in page}
 
@@ -226,6 +258,9 @@ class Bucket:
                 f"{self.address}: {what} cannot be reached ({reason}); check the address, the credentials in "
                 "the environment and the connection, then run the same command again"
             ) from error
+
+
+BAD_MEMBER = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)
 
 
 class Archive:
@@ -249,10 +284,10 @@ class Archive:
             with zipfile.ZipFile(self.path) as archive, archive.open(name) as member:
                 while piece := member.read(1 << 20):
                     yield piece
-        except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+        except (*BAD_MEMBER, OSError) as error:
             raise StoreError(f"{self.path}: {name} cannot be read ({error}); copy the file anew") from error
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self, keys: Iterable[str]) -> dict[str, int]:
         """Every member's size."""
         return {name.removeprefix(self._top): info.file_size for name, info in self._members.items()}
 
@@ -270,7 +305,7 @@ def upload(store: FeatureStore, address: str, overwrite: bool = False) -> None:
         raise StoreError(f"{address}: web servers are read only; upload to s3:// or gs://")
     store.require_complete()
     bucket = Bucket(address)
-    there = bucket.sizes() or {}
+    there = bucket.all_sizes()
     identity = file_digest(store.folder / ROOT)
     if not _same_store(bucket, there, identity):
         if there and not overwrite:

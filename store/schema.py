@@ -25,6 +25,7 @@ MAX_SHARD_BYTES = 512 * 10**6
 # No store comes near these; one that claims more is hostile, and is refused before it costs memory.
 MAX_TILES, MAX_SHARDS, MAX_NAMES, MAX_SIDE, MAX_CHANNELS = 10**8, 10**6, 10**5, 2**16, 2**16
 MAX_LAYERS = 10**4  # each takes a check of its own: more of them would take seconds to refuse
+MAX_PARTITIONS = 100  # each is an array
 Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
 PartitionName = Annotated[str, Field(pattern=f"^{PARTITION_NAME}$")]
 Channels = Annotated[int, Field(gt=0, le=MAX_CHANNELS)]
@@ -68,7 +69,9 @@ class Attributes(Settings):
     classes: list[str] = Field(max_length=MAX_NAMES)
     ignore_value: Annotated[int, Field(ge=0, le=255)]
     partition: str = DEFAULT_PARTITION
-    partitions: list[PartitionName] = Field(default=[DEFAULT_PARTITION], min_length=1, max_length=MAX_NAMES)
+    partitions: list[PartitionName] = Field(
+        default=[DEFAULT_PARTITION], min_length=1, max_length=MAX_PARTITIONS
+    )
     tiles: Annotated[int, Field(gt=0, le=MAX_TILES)]
     left_out: NonNegativeInt
     tile_size: tuple[Side, Side]
@@ -87,6 +90,7 @@ class Attributes(Settings):
     planned: Hashes
     settings: dict[str, Any]
     labelled: dict[str, Any] = Field(default={})  # where labels came from that came after the extraction
+    copied_from: list[str] = Field(default=[])  # by `copy` and `merge`: content_digest of what was taken
 
     @model_validator(mode="after")
     def check_shards(self) -> Attributes:
@@ -95,10 +99,23 @@ class Attributes(Settings):
             raise ValueError(f"{self.shards} shards, expected at most {MAX_SHARDS}")
         return self
 
+    @model_validator(mode="after")
+    def check_partition(self) -> Attributes:
+        """The partition in use is one of those that are held."""
+        if self.partition not in self.partitions:
+            raise ValueError(f"partition {self.partition!r} is not among {', '.join(self.partitions)}")
+        return self
+
     @property
     def shards(self) -> int:
         """Number of shards."""
         return -(-self.tiles // self.tiles_per_shard)
+
+    @property
+    def made_by(self) -> str:
+        """The command whose repetition fills in what is missing."""
+        verbs = ("extract", "store copy", "store merge")
+        return f"`satdifuser {verbs[min(len(self.copied_from), 2)]}`"
 
     def shard_range(self, shard: int) -> tuple[int, int]:
         """First tile and one past the last tile of a shard."""

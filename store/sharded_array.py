@@ -84,6 +84,7 @@ class ShardedArray:
             places = self.tiles_per_shard * self.chunks_per_tile
             path = self.store.locate(f"{self.key}/c/{shard}/{step}/{self.last_key}")
             file = ShardFile(path, places, self.chunk_bytes, self.compressed)
+            self.store.require_unchanged()
             self.files.add(key, file)
         return file
 
@@ -198,6 +199,7 @@ class Request:
                 if not read(array.file(part[0], part[1]), part[2], part[3], wait):
                     left.append(part)
         except (DamagedShardError, OSError, RuntimeError) as error:  # blosc raises RuntimeError
+            array.store.require_unchanged()
             tile, path = part[0] * array.tiles_per_shard + part[2], array.store.path
             raise StoreError(
                 f"{path}: {array.key}, tile {tile}: cannot be read ({error}); `satdifuser store verify "

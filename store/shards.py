@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Set
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ import zarr
 from zarr.storage import MemoryStore
 
 from satdifuser.errors import StoreError
+from satdifuser.store.files import CARD, file_digest
 from satdifuser.store.layout import create_arrays
 from satdifuser.store.location import Location, is_remote
-from satdifuser.store.metadata import read_attributes
+from satdifuser.store.metadata import MAX_METADATA_BYTES, ROOT, read_attributes
 from satdifuser.store.remote import Mirror
 from satdifuser.store.sharded_array import Indices
 from satdifuser.store.zstd_frame import HEAD_BYTES, content_size
@@ -38,6 +40,7 @@ class ShardedStore:
         self.path = path
         self._mirror = Mirror(path) if is_remote(path) else None
         self.folder = self._mirror.folder if self._mirror else Path(path)
+        self._opened_as = _stamp(self.folder)
         self.attributes = read_attributes(self.folder)
         self._root = zarr.open_group(self.folder, mode="r")
         self._real = os.path.realpath(self.folder)
@@ -46,6 +49,19 @@ class ShardedStore:
     def locate(self, key: str) -> Path:
         """The local file of a committed key; that of a remote store is fetched first."""
         return self._mirror.fetch(key, *self.recorded_files()[key]) if self._mirror else self.folder / key
+
+    def card(self) -> str | None:
+        """The text of its README.md, which people may have edited; None where it has none."""
+        if self._mirror:
+            return self._mirror.read_text(CARD)
+        size = self._local_size(CARD)
+        if size is None or size > MAX_METADATA_BYTES:
+            return None
+        return (self.folder / CARD).read_text(errors="replace")
+
+    def digest_of(self, key: str) -> str:
+        """SHA-256 of a file where the store is, not of a local copy."""
+        return self._mirror.digest_of(key) if self._mirror else file_digest(self.folder / key)
 
     # --- completeness
 
@@ -68,13 +84,17 @@ class ShardedStore:
         """
         commits = self._array("commits")
         try:
+            if self._mirror:
+                self._mirror.fetch(f"commits/c/{shard}")
             self._check_claims("commits", [shard])
             text = str(commits[shard])
             record: dict[str, Any] = json.loads(text) if text else {}
-            _check_record(record)
+            if text:
+                _check_record(record, shard, self._array_names)
         except DAMAGE as error:
+            self.require_unchanged()
             raise StoreError(
-                f"{self.path}: the commit record of shard {shard} is damaged ({error}); {self._redo()}"
+                f"{self.path}: the commit record of shard {shard} is damaged ({error}); {self.redo()}"
             ) from error
         return record
 
@@ -91,9 +111,10 @@ class ShardedStore:
         return {} if self._mirror else self._compare_sizes(self._local_size)
 
     def check_files(self) -> dict[int, list[str]]:
-        """The same, with a remote store's files too, where they can be listed."""
-        sizes = self._mirror.place.sizes() if self._mirror else None
-        return self.file_problems if sizes is None else self._compare_sizes(sizes.get)
+        """The same, with a remote store's files too."""
+        if not self._mirror:
+            return self.file_problems
+        return self._compare_sizes(self._mirror.place.sizes(self.recorded_files()).get)
 
     def _compare_sizes(self, size_of: Callable[[str], int | None]) -> dict[int, list[str]]:
         found: dict[int, list[str]] = {}
@@ -130,13 +151,10 @@ class ShardedStore:
             problems, files = self.file_problems[shard], self.commits[shard]["files"]
             raise StoreError(
                 f"{self.path}: shard {shard}: {problems[0]} ({len(problems)} of its {len(files)} files); "
-                f"{self._redo()}"
+                f"{self.redo()}"
             )
         if not asked.isdisjoint(self.missing_shards()):
-            raise StoreError(
-                f"{self.path}: {self.missing_text()}; run the same `satdifuser extract` command again to "
-                "complete it"
-            )
+            raise StoreError(f"{self.path}: {self.missing_text()}; {self.again()} to complete it")
 
     def missing_text(self) -> str:
         """How many shards and tiles are missing, in words."""
@@ -147,10 +165,20 @@ class ShardedStore:
             f"{len(missing)} of {self.attributes.shards} shards are missing ({tiles} tiles; shards {named})"
         )
 
-    def _redo(self) -> str:
+    def again(self) -> str:
+        """How missing shards are made, in words."""
+        if self._mirror:
+            return "put the store there anew, complete"
+        return f"run the same {self.attributes.made_by} command again"
+
+    def redo(self, deep: bool = False) -> str:
+        """How damaged shards are mended, in words."""
+        if self._mirror:
+            return "put the store there anew"
+        command = f"satdifuser store repair {self.path}{' --deep' if deep else ''}"
         return (
-            f"`satdifuser store repair {self.path}` drops this shard, and the same `satdifuser extract` "
-            "command again redoes it; or copy the store anew"
+            f"`{command}` drops what is damaged, and the same {self.attributes.made_by} command again redoes "
+            "it; or copy the store anew"
         )
 
     def size_bytes(self) -> int:
@@ -183,22 +211,38 @@ class ShardedStore:
         array, per_shard = self._array(name), self.attributes.tiles_per_shard
         try:
             self._check_claims(name, range(start // per_shard, -(-stop // per_shard)))
-            return array[start:stop]
+            found = array[start:stop]
         except DAMAGE as error:
+            self.require_unchanged()
             raise StoreError(
                 f"{self.path}: {name}, tiles {start} to {stop - 1}: cannot be read ({error}); "
                 f"`satdifuser store verify --deep {self.path}` names the damaged files and how to mend them"
             ) from error
+        self.require_unchanged()
+        return found
+
+    def require_unchanged(self) -> None:
+        """Raise StoreError if another store has taken this one's place; to be asked after each access."""
+        if _stamp(self.folder) != self._opened_as:
+            raise StoreError(
+                f"{self.path}: was replaced while it was read, so that old and new values could mix; run "
+                "the same command again"
+            )
 
     def _check_claims(self, name: str, chunks: Iterable[int]) -> None:
-        """Raise ValueError where a chunk says that it inflates to more than it may hold."""
+        """Raise ValueError where a chunk is not there, or says that it inflates to more than it may hold."""
         array = self._array(name)
         size = int(np.prod(array.chunks)) * array.dtype.itemsize
         limit = size if array.dtype.kind in "biuf" else MOST_TEXT_BYTES
         for chunk in chunks:
-            path = self.folder / name / "c" / "/".join([str(chunk), *"0" * (array.ndim - 1)])
-            if not path.exists():
-                continue  # nothing to inflate
+            key = "/".join([name, "c", str(chunk), *"0" * (array.ndim - 1)])
+            path = self.folder / key
+            if not os.path.lexists(path):
+                if name != "commits" and self.commits[chunk]:
+                    raise ValueError(f"{key} is missing")  # which Zarr would read as fill values
+                continue
+            if self._local_size(key) is None:
+                raise ValueError(f"{key} is no plain file in the store")
             with path.open("rb") as file:
                 claimed = content_size(file.read(HEAD_BYTES))
             if claimed > limit:
@@ -245,17 +289,38 @@ class ShardedStore:
         create_arrays(root, self.attributes)
         return root
 
+    @cached_property
+    def _array_names(self) -> set[str]:
+        """The arrays of which a commit record names files."""
+        members = self._expected.members(max_depth=None)
+        return {name for name, member in members if isinstance(member, zarr.Array)} - {"commits"}
 
-def _check_record(record: Any) -> None:
-    """Raise ValueError unless this is a commit record, or an empty one."""
-    files = record.get("files", {} if not record else None) if isinstance(record, dict) else None
+
+def _stamp(folder: Path) -> tuple[int, int, int] | None:
+    """What tells one store from another in the same place; None where there is none."""
+    try:
+        root = (folder / ROOT).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return root.st_dev, root.st_ino, root.st_mtime_ns
+
+
+def _check_record(record: Any, shard: int, arrays: Set[str]) -> None:
+    """Raise ValueError unless this is the commit record of that shard, with files of all these arrays."""
+    files = record.get("files") if isinstance(record, dict) else None
     if not isinstance(files, dict):
         raise ValueError("it is no commit record")
+    if record.get("shard") != shard:
+        raise ValueError(f"it is that of shard {record.get('shard')}")
+    named = set()
     for key, entry in files.items():
-        path = PurePosixPath(key)
+        array, here, place = key.partition(f"/c/{shard}")
         plain = isinstance(entry, list) and [type(part) for part in entry] == [int, str] and entry[0] >= 0
-        if path.is_absolute() or ".." in path.parts or not plain:
+        if not plain or not here or array not in arrays or not re.fullmatch("(/[0-9]+)*", place):
             raise ValueError(f"unexpected entry {key!r}")
+        named.add(array)
+    if named != arrays:
+        raise ValueError(f"it names no file of {min(arrays - named)}")
 
 
 def _stretches(ascending: Indices, longest: int) -> Indices:

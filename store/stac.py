@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import shapely
+from numpy.typing import NDArray
 from rasterio.crs import CRS
-from rasterio.warp import transform
 
 from satdifuser.store.encoding import FORMS
 from satdifuser.store.georeference import Georeference
+from satdifuser.store.place import to_degrees
 from satdifuser.store.reader import FeatureStore
 
 STAC_VERSION = "1.1.0"
@@ -99,21 +101,15 @@ def footprint(store: FeatureStore) -> shapely.Geometry | None:
     for name in sorted(set(names.tolist()) - {""}):
         places = [Georeference(name, tuple(row.tolist())) for row in transforms[names == name]]
         whole = shapely.union_all([shapely.Polygon(place.corners(height, width)) for place in places])
-        parts.append(to_degrees(whole, name))
+        parts.append(shapely.transform(whole, partial(_in_degrees, name)))
     if not parts:
         return None
     ground = shapely.union_all(parts)
     return ground if shapely.get_num_coordinates(ground) <= MOST_POINTS else shapely.convex_hull(ground)
 
 
-def to_degrees(ground: shapely.Geometry, crs: str) -> shapely.Geometry:
-    """A geometry in longitude and latitude."""
-    other = CRS.from_user_input(crs)
-
-    def moved(points: Any) -> Any:
-        return np.stack(transform(other, CRS.from_epsg(4326), *points.T.tolist()), axis=-1)
-
-    return shapely.transform(ground, moved)
+def _in_degrees(crs: str, points: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.array(to_degrees(crs, points.tolist()))
 
 
 def crs_fields(crs: str) -> dict[str, Any]:
@@ -187,11 +183,8 @@ def image_input(size: Sequence[int], images: Mapping[str, Any]) -> dict[str, Any
             "dim_order": ["batch", "channel", "height", "width"],
             "data_type": "float32",
         },
-        "value_scaling": [
-            {"type": "scale", "value": 1 / scale},
-            {"type": "offset", "value": offset},
-            {"type": "clip", "minimum": 0, "maximum": 1},
-        ],
+        # one object for all bands, which brings values to 0 to 1
+        "value_scaling": [{"type": "min-max", "minimum": -offset / scale, "maximum": (1 - offset) / scale}],
     }
 
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from satdifuser.errors import StoreError
 from satdifuser.store.encoding import tile_digests
-from satdifuser.store.files import PARTIAL_SUFFIX, file_digest
+from satdifuser.store.files import PARTIAL_SUFFIX
+from satdifuser.store.location import is_remote
 from satdifuser.store.reader import FeatureStore
 
 WORKERS = 4  # shards checked at once
@@ -50,27 +51,24 @@ def verify(store: FeatureStore, deep: bool = False) -> list[str]:
 
 def inspect_store(store: FeatureStore, deep: bool = False) -> Findings:
     """The same, by shard."""
-    records: list[dict[str, Any]] = []
-    damaged: dict[int, list[str]] = {}
-    for shard in range(store.attributes.shards):
-        try:
-            records.append(_read_commit(store, shard))
-        except StoreError as error:
-            records.append({})
-            damaged[shard] = [str(error)]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        found = list(pool.map(lambda shard: _read_commit(store, shard), range(store.attributes.shards)))
+    damaged = {shard: [record] for shard, record in enumerate(found) if isinstance(record, str)}
+    records = [{} if isinstance(record, str) else record for record in found]
     readable = FeatureStore(store.path)
     readable.commits = records  # a damaged record hides no other shard
     missing = [shard for shard in readable.missing_shards() if shard not in damaged]
     damaged |= dict(_check_shards(readable, deep))
-    orphans = sorted(store.folder.rglob(f"*{PARTIAL_SUFFIX}"))
+    orphans = [] if is_remote(store.path) else sorted(store.folder.rglob(f"*{PARTIAL_SUFFIX}"))
     return Findings(missing, damaged, [str(path.relative_to(store.folder)) for path in orphans])
 
 
-def _read_commit(store: FeatureStore, shard: int) -> dict[str, Any]:
+def _read_commit(store: FeatureStore, shard: int) -> dict[str, Any] | str:
+    """A shard's commit record, or what is wrong with it."""
     try:
         return store.commit(shard)
     except StoreError as error:
-        raise StoreError(f"commits/c/{shard} is damaged ({error.__cause__})") from error
+        return f"commits/c/{shard} is damaged ({error.__cause__})"
 
 
 def _check_shards(store: FeatureStore, deep: bool) -> Iterator[tuple[int, list[str]]]:
@@ -98,7 +96,7 @@ def _altered_files(store: FeatureStore, shard: int) -> list[str]:
     return [
         f"{key} was altered after it was committed (SHA-256 differs)"
         for key, (_, digest) in sorted(store.commits[shard]["files"].items())
-        if file_digest(store.locate(key)) != digest
+        if store.digest_of(key) != digest
     ]
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from satdifuser.errors import StoreError
+from satdifuser.errors import SettingsError, StoreError
 from satdifuser.store.card import store_card
 from satdifuser.store.encoding import FORMS, Floats, tile_digests
 from satdifuser.store.files import (
@@ -37,6 +37,7 @@ from satdifuser.store.files import (
     write_error,
 )
 from satdifuser.store.layout import LABEL_ARRAYS, ROW_TEXT_FIELDS, SPLITS, create_arrays, target_array
+from satdifuser.store.location import is_zip
 from satdifuser.store.lock import StoreLock
 from satdifuser.store.metadata import is_store, require_current, seal
 from satdifuser.store.reader import FeatureStore
@@ -80,7 +81,14 @@ class TileRow:
 
 
 def create_store(path: Path, attributes: Attributes) -> None:
-    """Create an empty store: all metadata or nothing, whenever the process dies."""
+    """Create an empty store: all metadata or nothing, whenever the process dies.
+
+    Raises:
+        SettingsError: the path is named as a .zip file.
+        StoreError: it cannot be written.
+    """
+    if is_zip(path):
+        raise SettingsError(f"{path}: a store is written to a folder; zip it when it is complete")
     partial = aside_name(path)
     try:
         files = DurableStore(partial)
@@ -134,7 +142,9 @@ def _prepare(path: Path, attributes: Attributes, overwrite: bool) -> None:
 def _check_same(path: Path, existing: Attributes, attributes: Attributes) -> None:
     fields = differing_fields(_source(attributes), _source(existing))
     if existing.planned == attributes.planned and not fields:
-        return
+        if existing.copied_from == attributes.copied_from:
+            return
+        fields = ["the values it was copied from"]
     fields += differing_fields(attributes.feature_identity, existing.feature_identity)
     for name in ("timesteps", "layers", "tiles"):
         if getattr(existing, name) != getattr(attributes, name):

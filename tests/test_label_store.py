@@ -79,6 +79,17 @@ def test_labels_come_after_the_extraction(store: FeatureStore, fields: Path) -> 
     assert not [p for p in fields.parent.iterdir() if p.name.startswith(".")]
 
 
+def test_the_card_tells_the_new_labels_unless_people_edited_it(store: FeatureStore, fields: Path) -> None:
+    card = store.folder / "README.md"
+    label(store, fields)
+    text = card.read_text()
+    assert text.startswith("# s.zarr: diffusion features")
+    assert "targets: segmentation: forest, water" in text
+    card.write_text("ours")
+    label(store, fields)
+    assert card.read_text() == "ours"
+
+
 def test_a_store_without_a_backbone_is_fitted_after_labelling(store: FeatureStore, fields: Path) -> None:
     label(store, fields)
     words = ("--set", "fit.epochs=1", "--set", "fit.fusion=[global]", "--set", "evaluate.baselines=false")
@@ -217,8 +228,9 @@ def test_a_split_that_stays_empty_is_refused(store: FeatureStore, tmp_path: Path
     path = write_vectors(tmp_path / "a.gpkg", [box(0, 0, 2, 2)], ["x"])
     told = refuse("label", store.path, path)
     assert "label.split: no tile in val, test, for only 1 tiles are labelled; label more" in told
+    before = store.splits().tolist()
     labelled, _ = label(store, path, "split=keep")
-    assert labelled.splits().tolist() == store.splits().tolist()
+    assert labelled.splits().tolist() == before
 
 
 def test_settings_are_checked(store: FeatureStore, fields: Path) -> None:

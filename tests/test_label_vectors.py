@@ -241,6 +241,10 @@ def test_a_miss_is_explained(tmp_path: Path) -> None:
         "what it should label in EPSG:32632 at (500160, 4999760, 500240, 4999840) (left, bottom, right, top)"
         in told
     )
+    beside = write_vectors(tmp_path / "b.gpkg", [box(0, 8, 8, 0.3)], ["x"])  # it shares an edge with the tile
+    near, none = VectorLabels(beside, VectorSettings()), Tally()
+    near.mask(PLACE, (8, 8), none)
+    assert "in its own EPSG:32632 it lies at" in explain_miss(near, none, [PLACE], (8, 8))
     labels.mask(PLACE, (8, 8), tally)
     told = explain_miss(labels, tally, [PLACE], (8, 8))
     assert (

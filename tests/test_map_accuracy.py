@@ -96,13 +96,16 @@ def test_what_was_not_sampled_is_left_out_and_one_pixel_gives_no_interval() -> N
 @pytest.mark.parametrize(
     ("place", "expected"),
     [
-        (Georeference("EPSG:32632", (10, 0, 500000, 0, -10, 5000000)), 100.0),
+        (Georeference("EPSG:32632", (10, 0, 500000, 0, -10, 5000000)), 100 / 0.9996**2),
         (Georeference("EPSG:2263", (2, 0, 1e6, 0, -2, 2e5)), 4 * 0.3048006096**2),
-        (Georeference("EPSG:32632", (8, 6, 500000, 6, -8, 5000000)), 100.0),  # turned
+        (Georeference("EPSG:32632", (8, 6, 500000, 6, -8, 5000000)), 100 / 0.9996**2),  # turned
+        # in Mercator's a degree of latitude is 1 / cos(60 degrees) of itself, both ways
+        (Georeference("EPSG:3857", (10, 0, 0, 0, -10, 8399738)), 25.084),
+        (Georeference("EPSG:6933", (10, 0, 0, 0, -10, 6e6)), 100.0),  # of equal area
     ],
 )
 def test_ground_under_a_pixel(place: Georeference, expected: float) -> None:
-    assert pixel_areas(place, 3, 4) == pytest.approx([expected] * 3)
+    assert pixel_areas(place, 3, 4) == pytest.approx([expected] * 3, rel=1e-5)
 
 
 def test_ground_under_pixels_of_degrees_shrinks_to_the_pole() -> None:
@@ -133,6 +136,11 @@ def write_map(path: Path, classes: list[str] | None = None, **more: Any) -> Path
     return path
 
 
+def georeference(path: Path) -> Georeference:
+    with rasterio.open(path) as dataset:
+        return Georeference(dataset.crs.to_string(), tuple(dataset.transform)[:6])
+
+
 def test_a_map_against_polygons(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assess, "BLOCK", 16)  # labels across blocks, and a last block of another size
     shapes = [box(2, 2, 10, 10), box(2, 16, 10, 8), box(5, 30, 20, 20), box(28, 0, 10, 60)]
@@ -141,8 +149,9 @@ def test_a_map_against_polygons(run: Path, tmp_path: Path, monkeypatch: pytest.M
     found = json.loads(succeed(*words))
     assert found["confusion"] == [[100 + 40, 40], [40, 400 + 80]]
     assert found["reference_pixels"] == 700
-    expected = estimate(np.array(found["confusion"]), np.array([6.0, 12.0]))  # 600 and 1200 px of 100 m²
-    assert found["classes"]["water"]["mapped_ha"] == pytest.approx(6)
+    ground = pixel_areas(georeference(tmp_path / "m.tif"), 1, 1)[0] / 1e4  # ha under a pixel, about 0.01
+    expected = estimate(np.array(found["confusion"]), np.array([600, 1200]) * ground)
+    assert found["classes"]["water"]["mapped_ha"] == pytest.approx(600 * ground)
     assert found["overall_accuracy"]["value"] == pytest.approx(float(expected.overall.value))
     low, high = found["classes"]["forest"]["area_ha"]["interval"]
     assert (low + high) / 2 == pytest.approx(expected.areas.value[1])
@@ -181,7 +190,8 @@ def test_a_map_in_degrees_is_weighted_by_ground(run: Path, tmp_path: Path) -> No
     mapped = [row["mapped_ha"] for row in found["classes"].values()]
     assert mapped[1] == pytest.approx(2 * mapped[0])
     assert mapped[0] == pytest.approx(
-        600 * (111.195 * 111.195 * math.cos(math.radians(59.985))) / 1e4, rel=1e-3
+        600 * (111.412 * 55.825) / 1e4,
+        rel=1e-4,  # km of a degree of latitude and of longitude at 59.985
     )
 
 
@@ -246,3 +256,9 @@ def test_a_run_and_its_store_alone(tmp_path: Path) -> None:
     mapped.pop("map")
     assert alone == mapped
     assert alone["reference_pixels"] == 32 * 32
+
+
+@pytest.mark.parametrize("other", ["--compare", "--across"])
+def test_a_reference_goes_with_one_map_only(run: Path, tmp_path: Path, other: str) -> None:
+    message = refuse("evaluate", run, other, "--reference", tmp_path / "r.gpkg")
+    assert "--reference: assesses one map; leave out --compare and --across" in message

@@ -10,6 +10,8 @@ import pytest
 import rasterio
 from numpy.typing import NDArray
 from rasterio.crs import CRS
+from rasterio.enums import ColorInterp, Resampling
+from rasterio.vrt import WarpedVRT
 from rio_cogeo.cogeo import cog_validate
 
 from satdifuser.errors import MapError
@@ -71,6 +73,21 @@ def test_georeference_and_values_survive(
     assert {path.name for path in tmp_path.iterdir()} == {"map.tif", "map.tif.aux.xml"}
 
 
+@pytest.mark.parametrize("bands", [1, 2, 5])
+def test_colours_are_shown_and_no_band_is_opacity(tmp_path: Path, bands: int) -> None:
+    out, values = write(tmp_path, (40, 60), CRS.from_epsg(32632), NORTH_UP, ["a", "b"], bands)
+    others = (ColorInterp.undefined,) * (bands - 1)
+    with rasterio.open(out) as found:
+        assert found.colorinterp == (ColorInterp.palette, *others)
+        colours = ["#{:02x}{:02x}{:02x}".format(*found.colormap(1)[i][:3]) for i in range(2)]
+        assert colours == json.loads(found.tags()["SATDIFUSER_COLOURS"])
+        with WarpedVRT(found, resampling=Resampling.nearest) as warped:
+            np.testing.assert_array_equal(warped.read(1), values[0])
+    (tmp_path / "map.tif.aux.xml").unlink()
+    with rasterio.open(out) as alone:
+        assert ColorInterp.alpha not in alone.colorinterp
+
+
 def test_overviews_hold_the_most_frequent_class_and_no_other(tmp_path: Path) -> None:
     out, values = write(tmp_path, (1200, 1100), CRS.from_epsg(32632), NORTH_UP, ["a", "b", "c"])
     assert cog_validate(out, strict=True) == (True, [], [])
@@ -108,9 +125,7 @@ def test_a_map_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(map_file.rasterio.shutil, "copy", fail)
-    message = (
-        "map.tif: the disk is full; what is done is kept: free some space and run the same command again"
-    )
+    message = "map.tif: the disk is full; free some space and run the same command again"
     with pytest.raises(MapError, match=message):
         write(tmp_path, (20, 20), CRS.from_epsg(32632), NORTH_UP, ["a"])
     assert [path.name for path in tmp_path.iterdir()] == [".rows"]
@@ -127,7 +142,7 @@ def test_strips_that_are_done_are_kept_when_the_disk_is_full(
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(MapError, match="the disk is full; what is done is kept: free some space"):
+        with pytest.raises(MapError, match="the disk is full; free some space"):
             strips.append(b"def")
     strips.close()
     for identity, done in (({"a": 1}, (1, 2)), ({"a": 2}, (0,))):

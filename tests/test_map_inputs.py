@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyogrio
 import pytest
 import rasterio
+import shapely
 from affine import Affine
 from command_line import call, refuse, succeed
 from made_up_maps import ONE_THREAD, OVERLAP, Mapped, land_cover, photograph, settings, write_scene
@@ -254,6 +256,8 @@ REFUSED = [
     (("--resample", "-3"), "--resample -3: expected auto, or metres per pixel such as 10"),
     (("--resample", "10m"), "--resample 10m: expected auto, or metres per pixel such as 10"),
     (("--set", "source.bamds=[1]"), "source.bamds = [1]: unknown setting; did you mean bands"),
+    (("--tiles", "x*"), "--tiles: is for stores, but got the scene"),
+    (("--resample", "1"), "holds 3 x 3 px of"),
     (("--resample", "20", "--store", "k.zarr"), "--store: keeps features of the scene's own pixels"),
 ]
 
@@ -261,6 +265,28 @@ REFUSED = [
 @pytest.mark.parametrize(("words", "message"), REFUSED)
 def test_bad_requests(mapped: Mapped, out: Path, words: tuple[str, ...], message: str) -> None:
     assert message in refuse("predict", mapped.run, mapped.scene, "-o", out, *words)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (shapely.Point(500100, 4999900), "holds 1 features and no polygon"),
+        (shapely.box(500101, 4999891, 500103, 4999893), "its polygons cover the centre of no pixel"),
+        (
+            shapely.box(499900, 4999500, 500000, 4999900),
+            "none of its 1 polygons lies on the raster",
+        ),  # an edge
+    ],
+)
+def test_areas_of_interest_that_hold_nothing(
+    mapped: Mapped, out: Path, tmp_path: Path, shape: Any, message: str
+) -> None:
+    aoi, wkb = tmp_path / "a.gpkg", np.array([shape.wkb], dtype=object)
+    pyogrio.raw.write(aoi, wkb, [], [], geometry_type=shape.geom_type, crs="EPSG:32632")
+    kept = tmp_path / "kept.zarr"
+    assert message in refuse("predict", mapped.run, mapped.scene, "-o", out, "--aoi", aoi, "--store", kept)
+    assert not kept.exists()  # told before anything is computed
     assert not out.exists()
 
 

@@ -191,6 +191,24 @@ def test_polygons_in_degrees_land_on_the_same_place(mapped: Mapped, tmp_path: Pa
     assert abs(int((read(maps[0]) != 255).sum()) - int((read(maps[1]) != 255).sum())) <= 60
 
 
+def test_a_wide_polygon_in_degrees_covers_what_it_covers(
+    mapped: Mapped, scene_map: Path, tmp_path: Path
+) -> None:
+    """Its southern edge is a curve on the scene, and most of it is beyond the reach of the scene's CRS."""
+    from rasterio.warp import transform
+
+    columns = np.arange(90) + 0.5
+    xs, ys = zip(*(corner(row, column) for row in (34.5, 35.5) for column in columns), strict=True)
+    _, latitudes = transform("EPSG:32632", "EPSG:4326", xs, ys)
+    border = float(np.mean(latitudes))  # between two rows of the scene, all along it
+    ring = [(-180.0, border), (180.0, border), (180.0, 90.0), (-180.0, 90.0)]
+    aoi = write_polygons(tmp_path / "aoi.geojson", [ring], "EPSG:4326")
+    out = predict(mapped.run, mapped.scene, "-o", tmp_path / "a.tif", "--aoi", aoi)
+    found = read(out)[0]
+    np.testing.assert_array_equal(found[:35], read(scene_map)[0, :35])
+    assert (found[35:] == 255).all()
+
+
 def test_tiles_away_from_the_polygons_are_not_computed(
     mapped: Mapped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +249,8 @@ def test_features_are_kept_where_asked_and_the_map_is_the_same(
     assert len(open_store(kept).tiles) == 3 * 4
     again = predict(mapped.run, kept, "-o", tmp_path / "again.tif", "--window", "0,0,70,90", "--confidence")
     np.testing.assert_array_equal(read(again), read(out))
+    message = refuse("predict", mapped.run, kept, "-o", tmp_path / "beyond.tif", "--window", "0,0,71,90")
+    assert "inside the raster of 70 x 90 px" in message  # the last tiles are padded beyond it
 
 
 def test_tiles_of_a_store_are_chosen_by_their_ids(mapped: Mapped, tmp_path: Path) -> None:

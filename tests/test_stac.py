@@ -99,7 +99,9 @@ def test_a_maps_item(mapped: Mapped, tmp_path: Path) -> None:
     assert [one.name for one in classes] == CLASSES
     assert [band["name"] for band in item.assets["map"].extra_fields["bands"]] == ["class", "confidence"]
     assert (tmp_path / item.assets["map"].href).samefile(out)
-    assert Path(item.assets["model"].href).is_file()
+    assert (tmp_path / item.assets["model"].href).is_file()
+    (scaling,) = item.properties["mlm:input"][0]["value_scaling"]
+    assert scaling == {"type": "min-max", "minimum": pytest.approx(0), "maximum": pytest.approx(255)}
     outputs = item.properties["mlm:output"][0]
     assert [one["description"] for one in outputs["classification:classes"]] == CLASSES
 

@@ -64,6 +64,7 @@ def test_an_edited_or_deleted_card_harms_nothing(tmp_path: Path) -> None:
     with open_or_create(store.folder, store.attributes, overwrite=False):
         pass
     assert (card.read_text(), verify(open_store(store.folder), deep=True)) == ("ours", [])
+    assert CliRunner().invoke(cli, ["store", "info", "--card", str(store.folder)]).stdout == "ours"
     card.unlink()
     assert verify(open_store(store.folder), deep=True) == []
     with open_or_create(store.folder, store.attributes, overwrite=False):

@@ -209,3 +209,68 @@ def test_the_commands_copy_and_join(store: FeatureStore, tmp_path: Path) -> None
     result = CliRunner().invoke(cli, ["store", "copy", str(store.path), "-o", str(c), "--timesteps", "x"])
     assert result.exit_code == 2
     assert "--timesteps: got 'x', expected whole numbers, e.g. 21,61" in result.stderr
+
+
+def test_a_store_is_never_overwritten_by_what_is_read_of_it(store: FeatureStore, tmp_path: Path) -> None:
+    path = copy_store(store, tmp_path / "c.zarr").folder
+    (tmp_path / "link.zarr").symlink_to(path)
+    digest = open_store(path).content_digest()
+    for out in (path, tmp_path / "link.zarr"):
+        with pytest.raises(SettingsError, match="is the store that is read"):
+            copy_store(open_store(path), out, overwrite=True)
+        with pytest.raises(SettingsError, match="is the store that is read"):
+            merge_stores(store, open_store(path), out, overwrite=True)
+    assert open_store(path).content_digest() == digest
+
+
+def test_a_copy_of_what_was_there_before_is_not_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "s.zarr", tmp_path / "c.zarr"
+    before = random_store(path, LAYERS, TILES)
+    digest = before.content_digest()
+    assert copy_store(before, out).attributes.copied_from == [digest]
+    copy_store(before, out)  # the same: nothing to do
+    shutil.rmtree(path)
+    features = made_up.random_features
+    monkeypatch.setattr(made_up, "random_features", lambda n, *rest: features(n + 100, *rest))
+    changed = random_store(path, LAYERS, TILES)
+    assert changed.content_digest() != digest
+    with pytest.raises(StoreError, match="the values it was copied from"):
+        copy_store(changed, out)
+    assert copy_store(changed, out, overwrite=True).content_digest() == changed.content_digest()
+
+
+def test_what_is_named_twice_is_held_once_or_refused(store: FeatureStore, tmp_path: Path) -> None:
+    twice = copy_store(store, tmp_path / "c.zarr", ["train", "train"])
+    assert twice.table("tiles/tile_id").tolist() == ["t0", "t4", "t5"]
+    with pytest.raises(SettingsError, match="timesteps: name each once, got 21, 21"):
+        copy_store(store, tmp_path / "d.zarr", timesteps=[21, 21])
+
+
+def test_an_incomplete_copy_names_the_command_that_made_it(store: FeatureStore, tmp_path: Path) -> None:
+    path = copy_store(store, tmp_path / "c.zarr").folder
+    (path / "commits/c/0").unlink()
+    for command in ("verify", "repair"):
+        told = CliRunner().invoke(cli, ["store", command, str(path)]).stderr
+        assert "run the same `satdifuser store copy` command again" in told
+    with pytest.raises(StoreError, match="run the same `satdifuser store copy` command again"):
+        open_store(path).select()
+
+
+@pytest.mark.parametrize("option", ["--splits", "--timesteps"])
+def test_an_empty_choice_is_not_everything(store: FeatureStore, tmp_path: Path, option: str) -> None:
+    words = ["store", "copy", str(store.folder), "-o", str(tmp_path / "c.zarr"), option, ""]
+    assert CliRunner().invoke(cli, words).exit_code != 0
+
+
+@pytest.mark.parametrize(
+    ("out", "text"),
+    [("az://bucket/x.zarr", "expected one of s3://, gs://"), ("x.zip", "a store is written to a folder")],
+)
+def test_where_no_store_can_be_written(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = CliRunner().invoke(cli, ["store", "copy", str(store.folder), "-o", out])
+    assert (told.exit_code != 0, text in told.stderr, list(tmp_path.iterdir())) == (True, True, [])

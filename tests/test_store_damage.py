@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from satdifuser.cli import cli
 from satdifuser.errors import StoreError
 from satdifuser.store.encoding import encode
+from satdifuser.store.files import take_place
 from satdifuser.store.metadata import seal
 from satdifuser.store.reader import FeatureStore, open_store
 from satdifuser.store.repair import repair
@@ -117,8 +118,8 @@ def test_verify_on_the_command_line_says_how_to_mend(copy: Path) -> None:
         f"{VALUES}/1/1/0/0/0/0 was altered after it was committed (SHA-256 differs)\n"
     )
     assert told.stderr.endswith(
-        f"to mend: `satdifuser store repair {copy} --deep` drops the damaged shards, and the same "
-        "`satdifuser extract` command again redoes them; or copy the store anew\n"
+        f"to mend: `satdifuser store repair {copy} --deep` drops what is damaged, and the same "
+        "`satdifuser extract` command again redoes it; or copy the store anew\n"
     )
     flip(copy / "tiles/zarr.json", 5)
     told = CliRunner().invoke(cli, ["store", "verify", str(copy)])
@@ -233,7 +234,7 @@ def test_a_damaged_commit_record_is_told_and_hides_no_other_shard(copy: Path) ->
     flip(copy / "commits/c/1", 5)
     with pytest.raises(
         StoreError,
-        match=r"the commit record of shard 1 is damaged .*; `satdifuser store repair .*copy.zarr` drops this",
+        match=r"the commit record of shard 1 is damaged .*; `satdifuser store repair .*copy.zarr` drops what",
     ):
         open_store(copy).content_digest()
     flip(copy / f"{VALUES}/0/1/0/0/0/0", 5)
@@ -524,3 +525,35 @@ def test_extraction_meets_a_full_disk(tmp_path: Path) -> None:
         finish(disk / "s.zarr", [1])
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_store_that_changes_while_it_is_read(copy: Path, tmp_path: Path) -> None:
+    reader, unread = open_store(copy), open_store(copy)
+    assert len(reader.pooled()) == TILES
+    assert len(unread.tiles) == TILES
+    (copy / "commits/c/1").unlink()
+    shutil.rmtree(copy / "features/stride_02/pooled/c/1")
+    with pytest.raises(StoreError, match="pooled/c/1/0/0/0 is missing"):  # what Zarr reads as fill values
+        reader.pooled()
+    take_place(build(tmp_path / "new.zarr"), copy)
+    for asked in (lambda: reader.table("tiles/bounds"), lambda: unread.maps(np.array([0]))):
+        with pytest.raises(StoreError, match="was replaced while it was read"):
+            asked()
+
+
+def test_a_commit_record_of_another_shard(copy: Path) -> None:
+    for array in {key.split("/c/")[0] for key in open_store(copy).commits[1]["files"]}:
+        shutil.rmtree(copy / array / "c/1", ignore_errors=True)
+        (copy / array / "c/1").unlink(missing_ok=True)
+    shutil.copy(copy / "commits/c/0", copy / "commits/c/1")
+    assert problems(copy) == ["shard 1: commits/c/1 is damaged (it is that of shard 0)"]
+    with pytest.raises(StoreError, match="commit record of shard 1 is damaged"):
+        open_store(copy).targets(np.arange(TILES))
+
+
+def test_a_commit_record_that_leaves_a_file_out(copy: Path) -> None:
+    commits: Any = zarr.open_group(copy, mode="r+")["commits"]
+    record = json.loads(str(commits[0]))
+    del record["files"]["targets/label/c/0"]
+    commits[0] = json.dumps(record)
+    assert problems(copy) == ["shard 0: commits/c/0 is damaged (it names no file of targets/label)"]

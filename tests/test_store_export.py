@@ -152,3 +152,16 @@ def test_what_makes_no_raster_is_refused(tmp_path: Path) -> None:
     assert "a GeoTIFF takes one of --timesteps" in export(store, tmp_path / "l.tif").stderr
     assert "got the ending '.csv', expected .parquet or .tif" in export(store, tmp_path / "p.csv").stderr
     assert list(tmp_path.glob("*.tif")) == []
+
+
+def test_strewn_tiles_make_no_raster(tmp_path: Path) -> None:
+    store = make(tmp_path, shift=1e5)
+    told = export(store, tmp_path / "l.tif", "--timesteps", 21, "--layers", "up.0*").stderr
+    assert "would be all but empty" in told
+
+
+def test_the_folder_is_made_and_each_tile_is_there_once(tmp_path: Path) -> None:
+    store, out = make(tmp_path), tmp_path / "new/folder/p.parquet"
+    assert export(store, out, "--splits", "val,val").exit_code == 0
+    names = pq.read_table(out)["tile_id"].to_pylist()
+    assert sorted(set(names)) == names

@@ -88,9 +88,11 @@ def refused(path: Path) -> str:
         ({"tiles": 10**8, "tiles_per_shard": 1}, "100000000 shards, expected at most 1000000"),
         ({"tiles": 10**8, "tiles_per_shard": 10**8}, "commits has shape"),
         ({"tile_size": [10**9, 10**9]}, "tile_size"),
-        ({"timesteps": list(range(200_000))}, "timesteps: List should have at most"),
+        ({"timesteps": list(range(100_001))}, "timesteps: List should have at most"),
         ({"latents": [1, 2**60, 1]}, "latents.2: Input should be less|latents"),
         ({"partitions": ["../../x"]}, "partitions.0: String should match pattern"),
+        ({"partitions": [f"p{i}" for i in range(500)]}, "partitions: List should have at most 100 items"),
+        ({"partition": "fold"}, "partition 'fold' is not among default"),
     ],
 )
 def test_absurd_attributes(copy: Path, fields: dict[str, Any], text: str) -> None:
@@ -107,6 +109,8 @@ def test_a_million_layers(copy: Path) -> None:
 def test_huge_and_deep_metadata(copy: Path) -> None:
     (copy / "zarr.json").write_text("[" * 1_000_000)
     assert "zarr.json is damaged" in refused(copy)
+    (copy / "zarr.json").write_text("[" + "{}," * (MAX_METADATA_BYTES // 3 - 1) + "{}]")
+    assert "not a feature store" in refused(copy)
     with (copy / "zarr.json").open("wb") as file:
         file.truncate(10 * 1024**3)
     assert f"is no plain file of at most {MAX_METADATA_BYTES} bytes" in refused(copy)
@@ -125,6 +129,24 @@ def test_pipes_and_links(whole: Path, copy: Path, tmp_path: Path) -> None:
     chunk.unlink()
     os.mkfifo(chunk)
     assert f"{chunk.relative_to(copy)} is missing" in refused(copy)
+
+
+@pytest.mark.parametrize("own", ["", "0", "0" * 63, "A" * 64])
+def test_a_seal_that_is_no_hash(copy: Path, own: str) -> None:
+    document = json.loads((copy / "zarr.json").read_text())
+    document["attributes"] |= {"sha256": {"zarr.json": own}, "much": "x" * (MAX_METADATA_BYTES - 2**17)}
+    (copy / "zarr.json").write_text(json.dumps(document))
+    assert "zarr.json was altered" in refused(copy)
+
+
+def test_commit_records_that_are_no_files_of_the_store(copy: Path, tmp_path: Path) -> None:
+    record = copy / "commits/c/0"
+    shutil.move(record, tmp_path / "outside")
+    record.symlink_to(tmp_path / "outside")
+    assert "commits/c/0 is no plain file in the store" in refused(copy)
+    record.unlink()
+    os.mkfifo(record)
+    assert "commits/c/0 is no plain file in the store" in refused(copy)
 
 
 def test_metadata_outside_of_the_store(copy: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from command_line import call, refuse, succeed
 from made_up import random_store
+from made_up_store import flip
 
 from satdifuser.errors import StoreError
 from satdifuser.store import remote
@@ -133,7 +134,7 @@ def test_up_and_down(proxy: Proxy, local: FeatureStore, tmp_path: Path) -> None:
     succeed("store", "copy", address, "-o", tmp_path / "back.zarr", "--splits", "train,val")
     succeed("store", "copy", address, "-o", tmp_path / "all.zarr")
     assert open_store(tmp_path / "all.zarr").content_digest() == local.content_digest()
-    assert not [key for key in remote.Bucket(address).sizes() or {} if "upload" in key]
+    assert not [key for key in remote.Bucket(address).all_sizes() if "upload" in key]
     assert open_store(address).to_xarray()["features/stride_04"].sizes["tile"] == TILES
 
 
@@ -169,7 +170,7 @@ def test_another_store_in_its_place_is_noticed(proxy: Proxy, local: FeatureStore
 def test_altered_and_missing_files_are_refused(proxy: Proxy, local: FeatureStore) -> None:
     remote.upload(local, "s3://bucket/x.zarr")
     bucket = remote.Bucket("s3://bucket/x.zarr")
-    key = next(key for key in bucket.sizes() or {} if "/values/c/1/" in key)
+    key = next(key for key in bucket.all_sizes() if "/values/c/1/" in key)
     whole = b"".join(bucket.read(key))
     bucket.write(key, whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(StoreError, match=rf"s3://bucket/x.zarr: {key} is not what the store recorded"):
@@ -268,9 +269,20 @@ def test_a_web_server(proxy: Proxy, local: FeatureStore, tmp_path: Path) -> None
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}/local.zarr"
+    assert "all files are there" in succeed("store", "verify", address)  # nothing is cached yet
     assert_same_batches(open_store(address), local)
     assert verify(open_store(address), deep=True) == []
-    next(local.folder.glob("tiles/colour/c/0/0")).unlink()
+    next((tmp_path / "cache").rglob("commits/c")).joinpath("0.1a.partial").touch()  # of a fetch cut off
+    (local.folder / "README.md").write_text("edited")
+    assert succeed("store", "info", "--card", address) == "edited"
+    assert verify(open_store(address), deep=True) == []
+    colour = local.folder / "tiles/colour/c/0/0"
+    flip(colour, 5)
+    told = call("store", "verify", "--deep", address)
+    assert (told.exit_code, "tiles/colour/c/0/0 was altered" in told.stdout) == (1, True)
+    assert "to mend: put the store there anew" in told.stderr
+    colour.unlink()
+    assert verify(open_store(address)) == ["shard 0: tiles/colour/c/0/0 is missing"]
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(StoreError, match="tiles/colour/c/0/0 is missing"):
         open_store(address).colour(np.array([0]))
@@ -278,8 +290,8 @@ def test_a_web_server(proxy: Proxy, local: FeatureStore, tmp_path: Path) -> None
     server.server_close()
 
 
-def zip_folder(folder: Path, out: Path, top: str = "") -> Path:
-    with zipfile.ZipFile(out, "w") as archive:
+def zip_folder(folder: Path, out: Path, top: str = "", method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(out, "w", method) as archive:
         for path in sorted(folder.rglob("*")):
             archive.write(path, top + path.relative_to(folder).as_posix())
     return out
@@ -287,10 +299,21 @@ def zip_folder(folder: Path, out: Path, top: str = "") -> Path:
 
 @pytest.mark.parametrize("top", ["", "local.zarr/"])
 def test_a_zip_file(proxy: Proxy, local: FeatureStore, tmp_path: Path, top: str) -> None:
-    path = zip_folder(local.folder, tmp_path / "x.zip", top)
+    path = zip_folder(local.folder, tmp_path / "x.ZIP", top)
+    assert "all files are there" in succeed("store", "verify", path)  # nothing is cached yet
     assert str(path) in succeed("store", "info", path)
     assert "every byte checked" in succeed("store", "verify", "--deep", path)
     assert_same_batches(open_store(path), local)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_damaged_zip_files(proxy: Proxy, local: FeatureStore, tmp_path: Path, method: int) -> None:
+    path = zip_folder(local.folder, tmp_path / "x.zip", method=method)
+    with zipfile.ZipFile(path) as archive:
+        begins = archive.getinfo("tiles/tile_id/zarr.json").header_offset
+    for byte in range(begins + 60, begins + 120):
+        flip(path, byte)
+    assert "tiles/tile_id/zarr.json cannot be read" in refuse("store", "info", path)
 
 
 def test_hostile_zip_files(proxy: Proxy, local: FeatureStore, tmp_path: Path) -> None:

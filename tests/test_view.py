@@ -170,6 +170,12 @@ def test_bad_requests(mapped: Mapped, tmp_path: Path, words: tuple[str, ...], me
     assert not (tmp_path / "x.html").exists()
 
 
+def test_what_is_for_stores_is_refused_for_scenes(mapped: Mapped, tmp_path: Path) -> None:
+    for words in (("--timestep", "61"), ("--layers", "up*"), ("--run", mapped.run)):
+        message = refuse("view", mapped.scene, "-o", tmp_path / "x.html", *words)
+        assert "--run, --timestep, --layers: are for stores, but none is named" in message
+
+
 def test_scenes_that_cannot_be_shown(mapped: Mapped, tmp_path: Path) -> None:
     message = refuse("view", mapped.scene, "--bands", "1,2,9", "-o", tmp_path / "x.html")
     assert "no band 9 of --bands; it has 3 bands" in message

@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from satdifuser.extract.settings import SyntheticSettings
-from satdifuser.extract.sources.files import SUFFIXES, is_tiff, read_pixels
+from satdifuser.extract.sources.files import SUFFIXES, read_pixels
 from satdifuser.extract.sources.synthetic import SyntheticSource
+from satdifuser.store.location import is_tiff
 
 Pixels = NDArray[np.uint8]
 SYNTHETIC = "synthetic:"

@@ -5,7 +5,7 @@ Letters of shapes: h and w pixels of the window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,17 @@ from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.features import rasterize
 from rasterio.transform import Affine
-from rasterio.warp import transform as reproject
 
 from satdifuser.errors import SettingsError
+from satdifuser.labels.burn import cut_out, surroundings
+from satdifuser.store.georeference import Georeference
 from satdifuser.store.tile_grid import Window
 
 Polygons = NDArray[Any]  # of shapely geometries
 Numbers = Any  # a float64 number or an array of them
 Transform = tuple[float, float, float, float, float, float]
 """(a, b, c, d, e, f) as rasterio orders it: x = a*column + b*row + c, y = d*column + e*row + f."""
-MAX_SEGMENTS = 64  # of a polygon's edge when it is brought to another CRS, where it is a curve
+ROWS_AT_ONCE = 1024  # of a window that are looked through for a pixel
 
 
 @dataclass(frozen=True)
@@ -125,33 +126,33 @@ def polygon_area(raster: Raster, polygons: Polygons, crs: str, name: str) -> Are
         name: Their file, for messages.
 
     Raises:
-        SettingsError: none of them shares ground with the raster.
+        SettingsError: none of them shares ground with the raster, or they cover the centre of no pixel.
     """
-    placed = bring_to(polygons, crs, raster.crs_wkt)
+    place = Georeference(raster.crs_wkt, raster.transform)
+    own = CRS.from_user_input(crs)
+    placed, _ = cut_out(polygons, surroundings(place, raster.size, own), own, place, raster.size)
     pixels = shapely.transform(placed, lambda points: np.stack(raster.pixels(*points.T), axis=-1))
-    near = shapely.intersects(pixels, shapely.box(0, 0, *raster.size))
+    shared = shapely.intersection(pixels, shapely.box(0, 0, *raster.size))
+    near = shapely.area(shared) > 0
     if not near.any():
-        reach = ", ".join(f"{value:.8g}" for value in shapely.total_bounds(placed).tolist())
-        x, y = (f"{value:.8g}" for value in raster.transform[2::3])
+        reach, lies = _told(shapely.total_bounds(polygons)), _told(place.bounds(*raster.size))
         raise SettingsError(
-            f"{name}: none of its {len(polygons)} polygons lies on the raster: in its CRS they reach over "
-            f"({reach}) (left, bottom, right, top), and it begins at ({x}, {y}); draw them on the scene, or "
-            "correct their CRS"
+            f"{name}: none of its {len(polygons)} polygons lies on the raster: in {crs} they reach over "
+            f"({reach}) (left, bottom, right, top), and it over ({lies}) in its own CRS; draw them on the "
+            "scene, or correct their CRS"
         )
-    bounds = shapely.total_bounds(pixels[near])  # first row and column, last row and column
-    low = np.clip(np.floor(bounds[:2]), 0, np.array(raster.size) - 1).astype(int)
-    high = np.clip(np.ceil(bounds[2:]), low + 1, raster.size).astype(int)
-    return Area(raster, (*low.tolist(), *(high - low).tolist()), placed[near])
+    first_row, first_col, last_row, last_col = shapely.total_bounds(shared[near])
+    low, high = np.floor((first_row, first_col)).astype(int), np.ceil((last_row, last_col)).astype(int)
+    area = Area(raster, (*low.tolist(), *(high - low).tolist()), placed[near])
+    if not any(area.inside(rows).any() for rows in _stretches(low[0], high[0])):
+        raise SettingsError(f"{name}: its polygons cover the centre of no pixel; draw larger ones")
+    return area
 
 
-def bring_to(polygons: Polygons, crs: str, other: str) -> Polygons:
-    """Polygons in another CRS, with enough points that straight edges may become curves."""
-    if CRS.from_user_input(crs) == CRS.from_user_input(other):
-        return polygons
-    longest = np.maximum(shapely.length(polygons) / MAX_SEGMENTS, 1e-12)
-    dense = shapely.segmentize(polygons, longest)
+def _told(bounds: Sequence[float]) -> str:
+    return ", ".join(f"{value:.8g}" for value in bounds)
 
-    def moved(points: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.stack(reproject(crs, other, *points.T.tolist()), axis=-1)
 
-    return np.asarray(shapely.transform(dense, moved))
+def _stretches(first: int, last: int) -> Iterator[tuple[int, int]]:
+    for row in range(first, last, ROWS_AT_ONCE):
+        yield row, min(row + ROWS_AT_ONCE, last)

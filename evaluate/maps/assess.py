@@ -30,12 +30,13 @@ from satdifuser.labels.label_file import LabelFile, Tally, explain_miss, open_la
 from satdifuser.labels.settings import LabelSettings
 from satdifuser.store.georeference import Georeference, georeference_of, open_raster
 from satdifuser.store.location import Location
-from satdifuser.store.place import EARTH_RADIUS
+from satdifuser.store.place import ground_distance
 from satdifuser.store.reader import open_store
 
 BLOCK = 1024  # px a side, read at once
 HECTARE = 1e4  # m²
-WEB_MERCATOR = 3857
+SEMI_MAJOR, ECCENTRICITY_2 = 6_378_137.0, 0.00669438  # of WGS 84, m
+MEASURED_ROWS = 17  # of a block, for the ground under a pixel
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _count(dataset: Any, place: Georeference, labels: LabelFile, classes: int) -
         counts += np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
     if not counts.any():
         raise LabelError(explain_miss(labels, tally, [place], dataset.shape))
-    return Counted(counts, mapped, [*labels.notes(tally), *_notes(place)])
+    return Counted(counts, mapped, labels.notes(tally))
 
 
 def _blocks(height: int, width: int) -> Iterator[tuple[int, int, int, int]]:
@@ -173,20 +174,21 @@ def _check_values(dataset: Any, values: NDArray[Any], classes: int) -> None:
 
 
 def pixel_areas(place: Georeference, height: int, width: int) -> NDArray[np.float64]:
-    """Ground under a pixel of each row (H,) in m²; where the grid is in degrees, on a sphere."""
-    a, b, _, d, e, _ = place.transform
-    area, crs = abs(a * e - b * d), CRS.from_user_input(place.crs)
-    if not crs.is_geographic:
-        return np.full(height, area * float(crs.linear_units_factor[1]) ** 2)
-    latitudes = np.array([place.at(row + 0.5, width / 2)[1] for row in range(height)])
-    areas: NDArray[np.float64] = area * np.cos(np.radians(latitudes)) * math.radians(EARTH_RADIUS) ** 2
-    return areas
+    """Ground under a pixel of each row (H,) in m².
 
-
-def _notes(place: Georeference) -> list[str]:
-    if CRS.from_user_input(place.crs).to_epsg() != WEB_MERCATOR:
-        return []
-    return ["warning: areas in EPSG:3857 are larger than on the ground; map a scene in another projection"]
+    In degrees by the ellipsoid's formula (a² (1 - e²) cos φ / (1 - e² sin² φ)² a radian each way), else
+    measured at some of the rows, in the middle of the grid.
+    """
+    if CRS.from_user_input(place.crs).is_geographic:
+        a, b, _, d, e, _ = place.transform
+        latitudes = np.radians([place.at(row + 0.5, width / 2)[1] for row in range(height)])
+        flattened = (1 - ECCENTRICITY_2) / (1 - ECCENTRICITY_2 * np.sin(latitudes) ** 2) ** 2
+        unit = abs(a * e - b * d) * math.radians(SEMI_MAJOR) ** 2
+        areas: NDArray[np.float64] = unit * np.cos(latitudes) * flattened
+        return areas
+    rows = np.unique(np.linspace(0, height - 1, MEASURED_ROWS).round().astype(int))
+    measured = [ground_distance(place.shifted(int(row), 0), (1, width)) ** 2 for row in rows]
+    return np.interp(np.arange(height), rows, measured)
 
 
 def _report(

@@ -2,8 +2,9 @@
 
 Bands are uint8 with 255 for no data: class numbers, then as asked the confidence and the probability of each
 class in steps of 1/250, which the bands' scale tells. GDAL's COG driver writes the file from finished rows
-on disk, described by a VRT (https://gdal.org/drivers/raster/vrt.html). A TIFF of several bands cannot hold a
-colour table, so `SATDIFUSER_COLOURS` has the colours too.
+on disk, described by a VRT (https://gdal.org/drivers/raster/vrt.html). In a TIFF of two bands a colour table
+would make the second one the first's opacity, and more bands hold none: with several it stands in
+``NAME.aux.xml`` beside the map, and in any case in the tag `SATDIFUSER_COLOURS`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class MapFile:
 
     size: tuple[int, int]  # (H, W) px
     crs_wkt: str
-    transform: Sequence[float]  # (a, b, c, d, e, f), see `satdifuser.store.place.Transform`
+    transform: Sequence[float]  # (a, b, c, d, e, f), see `satdifuser.evaluate.maps.area.Transform`
     classes: Sequence[str]
     bands: Sequence[str]  # descriptions; the first is of the classes
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -50,8 +51,8 @@ def write_map(rows: Path, out: Path, map_file: MapFile) -> Path:
 
     Args:
         rows: File of (H, bands, W) uint8.
-        out: The map; it takes this name when it is complete. GDAL keeps category names beside it, in
-            ``NAME.aux.xml``.
+        out: The map; it takes this name when it is complete. Category names are beside it, in
+            ``NAME.aux.xml``, where GDAL looks for them.
         map_file: What it says of itself.
 
     Raises:
@@ -65,6 +66,8 @@ def write_map(rows: Path, out: Path, map_file: MapFile) -> Path:
         vrt.write_bytes(describe(map_file, rows.name))
         with rasterio.Env(GDAL_CACHEMAX=CACHE_MB):
             rasterio.shutil.copy(vrt, partial, driver="COG", overview_resampling=overviews, **options)
+        if len(map_file.bands) > 1:
+            _add_colours_beside(sidecar_partial, map_file)
         sidecar_partial.replace(sidecar)
         partial.replace(out)
     except (OSError, RasterioError) as error:
@@ -111,9 +114,24 @@ def _own_tags(map_file: MapFile) -> dict[str, str]:
 
 
 def _add_classes(band: ET.Element, map_file: MapFile) -> None:
-    ET.SubElement(band, "ColorInterp").text = "Palette"
-    names, table = ET.SubElement(band, "CategoryNames"), ET.SubElement(band, "ColorTable")
-    for name, colour in zip(map_file.classes, map_file.colours, strict=True):
+    if len(map_file.bands) == 1:
+        _add_colours(band, map_file)
+    names = ET.SubElement(band, "CategoryNames")
+    for name in map_file.classes:
         ET.SubElement(names, "Category").text = name
+
+
+def _add_colours(band: ET.Element, map_file: MapFile) -> None:
+    ET.SubElement(band, "ColorInterp").text = "Palette"
+    table = ET.SubElement(band, "ColorTable")
+    for colour in map_file.colours:
         red, green, blue = map(str, colour)
         ET.SubElement(table, "Entry", c1=red, c2=green, c3=blue, c4="255")
+
+
+def _add_colours_beside(sidecar: Path, map_file: MapFile) -> None:
+    """Add the colour table to what GDAL keeps beside a map."""
+    root = ET.fromstring(sidecar.read_bytes())
+    for band in root.iterfind("PAMRasterBand[@band='1']"):
+        _add_colours(band, map_file)
+    sidecar.write_bytes(ET.tostring(root, encoding="utf-8"))

@@ -96,8 +96,8 @@ def write_pixel_map(
             strips.close()
         size, crs = (area.window[2], area.window[3]), area.raster.crs_wkt
         map_file = MapFile(size, crs, area.transform, predictor.classes, bands, origin.tags)
-        write_map(strips.path, out, map_file)
         write_item(out, map_file, origin)
+        write_map(strips.path, out, map_file)  # last: where it is, all is done
         strips.discard()
     return out
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import shapely
 
-from satdifuser.errors import MapError, SettingsError
+from satdifuser.errors import LabelError, MapError, SettingsError
 from satdifuser.evaluate.maps.area import Area, Raster, polygon_area, whole, window_area
 from satdifuser.evaluate.maps.origin import Origin
 from satdifuser.evaluate.maps.pixel_maps import MapOptions, TileFeatures, write_pixel_map
@@ -24,8 +24,9 @@ from satdifuser.evaluate.maps.tile_maps import (
 )
 from satdifuser.evaluate.maps.tile_results import TABLES, check_suffix, write_results
 from satdifuser.fuse.predictor import Predictor
+from satdifuser.labels.vectors import POLYGON, read_shapes
 from satdifuser.store.lock import StoreLock
-from satdifuser.store.reader import FeatureStore
+from satdifuser.store.reader import FeatureStore, Indices
 from satdifuser.store.tile_grid import Window
 
 
@@ -85,13 +86,16 @@ def find_area(raster: Raster, request: Request) -> Area:
 
     Raises:
         SettingsError: the window reaches beyond the raster, or no polygon lies on it.
-        LabelError: the polygons cannot be read.
+        LabelError: the polygons cannot be read, or there is none.
     """
     if request.aoi is not None:
-        from satdifuser.labels.vectors import POLYGON, read_shapes
-
         shapes = read_shapes(request.aoi)
         polygons = shapes.geometry[shapely.get_type_id(shapes.geometry) == POLYGON]
+        if not len(polygons):
+            raise LabelError(
+                f"{request.aoi}: holds {shapes.features} features and no polygon; draw the area of interest "
+                "as polygons, or put buffers around its points"
+            )
         return polygon_area(raster, polygons, shapes.crs, str(request.aoi))
     return window_area(raster, request.window) if request.window else whole(raster)
 
@@ -152,16 +156,33 @@ def predict_store(
     name = scene.name if scene else Path(str(store.path)).name
     origin = Origin(predictor.run, name, scene.date if scene else common_date(store))
     if predictor.task == "segmentation":
-        features = StoreFeatures(inputs, rows, scene.raster if scene else None)
-        asked = request.window or request.aoi or scene
-        area = find_area(features.raster, request) if asked else features.covered()
-        features.grid = features.grid.touching(area.window)
-        identity = {"store": store.content_digest(), "tiles": request.tiles}
-        identity["model"] = predictor.run.info["model_sha256"]
-        return write_pixel_map(predictor, features, area, request.out, request.options, identity, origin)
-    placed = request.out.suffix not in TABLES or request.window or request.aoi
-    ground = find_ground(store, rows, required=bool(placed))
-    if ground is not None and (request.window or request.aoi):
+        return _map_pixels(predictor, inputs, rows, request, scene, origin)
+    return _map_tiles(predictor, inputs, rows, request, origin)
+
+
+def _map_pixels(
+    predictor: Predictor,
+    inputs: NetworkInputs,
+    rows: Indices,
+    request: Request,
+    scene: Scene | None,
+    origin: Origin,
+) -> Path:
+    features = StoreFeatures(inputs, rows, scene.raster if scene else None)
+    area = find_area(scene.raster if scene else features.covered(), request)
+    features.grid = features.grid.touching(area.window)
+    model = predictor.run.info["model_sha256"]
+    identity = {"store": inputs.store.content_digest(), "tiles": request.tiles, "model": model}
+    return write_pixel_map(predictor, features, area, request.out, request.options, identity, origin)
+
+
+def _map_tiles(
+    predictor: Predictor, inputs: NetworkInputs, rows: Indices, request: Request, origin: Origin
+) -> Path:
+    partly = request.window is not None or request.aoi is not None
+    required = partly or request.out.suffix.lower() not in TABLES
+    ground = find_ground(inputs.store, rows, required)
+    if ground is not None and partly:
         tops, lefts = ground.places.T.tolist()
         kept = find_area(ground.raster, request).touches(tops, lefts, ground.tile)
         rows, ground = rows[kept], ground.only(kept)

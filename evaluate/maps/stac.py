@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ import shapely
 
 from satdifuser.evaluate.maps.map_file import NODATA, STEPS, MapFile
 from satdifuser.evaluate.maps.origin import Origin
+from satdifuser.evaluate.maps.strip_file import cannot_write
 from satdifuser.fuse.run_folder import MODEL_FILE, Run
 from satdifuser.store.files import write_durably
 from satdifuser.store.georeference import Georeference
@@ -32,9 +34,15 @@ def write_item(out: Path, map_file: MapFile, origin: Origin) -> Path:
         out: The map.
         map_file: What it says of itself.
         origin: What it was made with.
+
+    Raises:
+        MapError: it cannot be written.
     """
     path = out.with_name(f"{out.stem}.stac.json")
-    write_durably(path, (json.dumps(map_item(out, map_file, origin), indent=1) + "\n").encode())
+    try:
+        write_durably(path, (json.dumps(map_item(out, map_file, origin), indent=1) + "\n").encode())
+    except OSError as error:
+        raise cannot_write(path, error) from error
     return path
 
 
@@ -66,7 +74,7 @@ def map_item(out: Path, map_file: MapFile, origin: Origin) -> dict[str, Any]:
             ],
         },
         "model": {
-            "href": str(run.path / MODEL_FILE),
+            "href": os.path.relpath(run.path / MODEL_FILE, out.parent),
             "title": "Weights of the fitted network",
             "roles": ["mlm:model"],
             "mlm:artifact_type": "safetensors.torch.save_file",

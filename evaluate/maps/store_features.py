@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rasterio.crs import CRS
 
 from satdifuser.errors import StoreError
-from satdifuser.evaluate.maps.area import Area, Raster
+from satdifuser.evaluate.maps.area import Raster
 from satdifuser.fuse.predictor import Predictor
 from satdifuser.store.reader import FeatureStore, Indices, Stored
 from satdifuser.store.schema import group_layers
@@ -97,14 +97,14 @@ class StoreFeatures:
             rows = np.array([self._row_of[top, lefts[column]] for column in part])
             yield part, self.store.valid(rows), self.inputs.stored(rows)
 
-    def covered(self) -> Area:
-        """The part of the raster up to the last row and column with data: tiles may be padded beyond it."""
+    def covered(self) -> Raster:
+        """The raster up to the last row and column with data: tiles may be padded beyond it."""
         tops, lefts = self.grid.tops, self.grid.lefts
         lowest = [self._row_of[tops[-1], left] for left in lefts if (tops[-1], left) in self._row_of]
         rightmost = [self._row_of[top, lefts[-1]] for top in tops if (top, lefts[-1]) in self._row_of]
         height = tops[-1] + last_true(self.store.valid(np.array(lowest)), axis=1)
         width = lefts[-1] + last_true(self.store.valid(np.array(rightmost)), axis=2)
-        return Area(self.raster, (0, 0, height, width))
+        return replace(self.raster, size=(height, width))
 
 
 def last_true(valid: NDArray[np.bool_], axis: int) -> int:

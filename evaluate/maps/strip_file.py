@@ -81,5 +81,6 @@ def cannot_write(path: Path, error: Exception) -> MapError:
     what = "the disk is full" if full else f"cannot write: {error}"
     mend = "free some space" if full else "mend the cause"
     return MapError(
-        f"{path}: {what}; what is done is kept: {mend} and run the same command again, or choose another -o"
+        f"{path}: {what}; {mend} and run the same command again, which goes on where it can, or choose "
+        "another -o"
     )

@@ -23,9 +23,10 @@ from satdifuser.evaluate.maps.pixel_maps import MapOptions, in_steps, margin
 from satdifuser.evaluate.maps.stac import write_item
 from satdifuser.evaluate.maps.strip_file import cannot_write
 from satdifuser.evaluate.metrics import at_least_half
+from satdifuser.store.location import TIFF_SUFFIXES
 from satdifuser.store.tile_grid import TileGrid, regular_grid
 
-TABLES, VECTORS, RASTERS = (".csv", ".parquet"), (".gpkg",), (".tif", ".tiff")
+TABLES, VECTORS = (".csv", ".parquet"), (".gpkg",)
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def check_suffix(out: Path, task: str) -> None:
     Raises:
         SettingsError: naming those that can.
     """
-    kinds = {"classification": RASTERS + VECTORS + TABLES, "multilabel": VECTORS + TABLES}
-    fitting = kinds.get(task, RASTERS)
+    kinds = {"classification": TIFF_SUFFIXES + VECTORS + TABLES, "multilabel": VECTORS + TABLES}
+    fitting = kinds.get(task, TIFF_SUFFIXES)
     if out.suffix.lower() not in fitting:
         raise SettingsError(
             f"-o {out}: got the ending {out.suffix!r}, expected {' or '.join(fitting)} for a run of {task}"
@@ -161,8 +162,8 @@ def _write_cells(
     try:
         file.write_bytes(cells.tobytes())
         map_file = MapFile(size, ground.raster.crs_wkt, transform, results.classes, bands, origin.tags)
-        write_map(file, out, map_file)
         write_item(out, map_file, origin)
+        write_map(file, out, map_file)
     except OSError as error:
         raise cannot_write(out, error) from error
     finally:

@@ -16,11 +16,10 @@ from satdifuser.evaluate.view.layers import Choice, Layer, store_layers
 from satdifuser.evaluate.view.rasters import raster_layers
 from satdifuser.fuse.predictor import Predictor
 from satdifuser.store.files import write_durably
-from satdifuser.store.location import Location
+from satdifuser.store.location import Location, is_tiff
 from satdifuser.store.reader import open_store
 
 FOLDER = Path(__file__).parent
-RASTERS = (".tif", ".tiff")
 NOT_SEEN = 0.001  # share of the canvas that a layer must cover
 
 
@@ -46,10 +45,14 @@ def write_view(
         predictor: A run whose predictions are shown of each store.
 
     Raises:
-        SettingsError: one of them does not lie on the ground of the first.
+        SettingsError: one of them does not lie on the ground of the first, or what is for stores is asked
+            of none.
         StoreError: a store is incomplete, or its tiles have no places beside a raster.
         SatDiFuserError: as `store_layers` and `raster_layers`.
     """
+    asked = predictor or request.choice.layers or request.choice.timestep is not None
+    if asked and all(map(is_tiff, places)):
+        raise SettingsError("--run, --timestep, --layers: are for stores, but none is named; name one")
     canvas: Canvas | None = None
     layers: list[Layer] = []
     for place in places:
@@ -74,7 +77,7 @@ def write_view(
 def _layers_of(
     place: Location, request: ViewRequest, predictor: Predictor | None
 ) -> tuple[Canvas, list[Layer]]:
-    if isinstance(place, Path) and place.suffix.lower() in RASTERS:
+    if is_tiff(place):
         ground, layers = raster_layers(place, request.bands, request.largest)
         return Canvas(ground.size, ground), layers
     store = open_store(place)

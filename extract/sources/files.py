@@ -26,8 +26,8 @@ from satdifuser.errors import ImageError
 from satdifuser.extract.settings import ImageSettings
 from satdifuser.extract.sources.grid import Window
 from satdifuser.store.georeference import Georeference, georeference_of, open_raster
+from satdifuser.store.location import TIFF_SUFFIXES, is_tiff
 
-TIFF_SUFFIXES = (".tif", ".tiff")
 SUFFIXES = (".jpg", ".jpeg", ".png", *TIFF_SUFFIXES)
 # The first one found counts; those of GDAL's IMAGERY domain, of Sentinel-2 and of Landsat are among them
 # (https://gdal.org/user/raster_data_model.html#imagery-domain-remote-sensing)
@@ -71,11 +71,6 @@ def offering_skip(settings: ImageSettings) -> Iterator[None]:
         if settings.on_error == "skip":
             raise
         raise ImageError(f"{error}; source.on_error: skip leaves such tiles out") from error
-
-
-def is_tiff(path: Path) -> bool:
-    """Tell whether a file is named as a TIFF."""
-    return path.suffix.lower() in TIFF_SUFFIXES
 
 
 def read_header(path: Path) -> Header:

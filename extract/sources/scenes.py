@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from satdifuser.errors import ImageError, SettingsError, SourceError
 from satdifuser.extract.settings import ScenesSettings
 from satdifuser.extract.sources.chips import cut_grid, list_chips, read_chip
-from satdifuser.extract.sources.files import TIFF_SUFFIXES, Header, is_tiff, offering_skip, read_header
+from satdifuser.extract.sources.files import Header, offering_skip, read_header
 from satdifuser.extract.sources.grid import parse_size
 from satdifuser.extract.sources.scene_labels import SceneLabels
 from satdifuser.extract.sources.tile import Task, Tile, TileRecord
@@ -24,6 +24,7 @@ from satdifuser.labels.classes import IGNORE
 from satdifuser.labels.spatial import draw_partitions, leak_warning, splits_asked
 from satdifuser.labels.splits import Split
 from satdifuser.store.georeference import Georeference
+from satdifuser.store.location import TIFF_SUFFIXES, is_tiff
 from satdifuser.store.place import crosses_antimeridian
 from satdifuser.store.schema import DEFAULT_PARTITION
 
