@@ -104,10 +104,9 @@ def band_positions(tile: Tile, bands: Sequence[int | str] | None) -> list[int]:
         if count == 3:
             return [0, 1, 2]
         path = tile.record.path
-        place = f"{path}, tile" if path else "tile"
         convert = "convert it to RGB, or " if path.lower().endswith((".jpg", ".jpeg", ".png")) else ""
         raise ImageError(
-            f"{place} {tile.record.tile_id}: {held}, expected 3; {convert}name red, green and blue with "
+            f"{_named(tile)}: {held}, expected 3; {convert}name red, green and blue with "
             "source.bands, by number from 1 or by description, e.g. [3, 2, 1]"
         )
     return [_band_position(tile, band, held) for band in bands]
@@ -119,11 +118,17 @@ def _band_position(tile: Tile, band: int | str, held: str) -> int:
             if band in tile.band_aliases:
                 return tile.band_aliases[band]
             hint = suggest(band, tile.band_names)
-            raise ImageError(f"tile {tile.record.tile_id}: no band {band!r} in source.bands; {held}{hint}")
+            raise ImageError(f"{_named(tile)}: no band {band!r} in source.bands; {held}{hint}")
         return tile.band_names.index(band)
     if band > len(tile.image):
-        raise ImageError(f"tile {tile.record.tile_id}: no band {band} in source.bands; {held}")
+        raise ImageError(f"{_named(tile)}: no band {band} in source.bands; {held}")
     return band - 1
+
+
+def _named(tile: Tile) -> str:
+    """A tile with its file, for messages."""
+    file = f"{tile.record.path}, " if tile.record.path else ""
+    return f"{file}tile {tile.record.tile_id}"
 
 
 def _scale(tile: Tile, settings: ImageSettings, value_range: str) -> float:

@@ -100,6 +100,13 @@ def test_pixels_without_data_stay_without(mapped: Mapped, plain: Path, tmp_path:
     np.testing.assert_array_equal(found[0] == 255, empty)
 
 
+def test_a_scene_without_any_data_is_no_map(mapped: Mapped, out: Path, tmp_path: Path) -> None:
+    scene = write_scene(tmp_path / "scene.tif", np.full((3, *SIZE), 7, np.uint8), nodata=7)
+    message = refuse("predict", mapped.run, scene, "-o", out, *settings(ONE_THREAD))
+    assert "no pixel of what is asked for holds data" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
+
+
 def test_a_scene_smaller_than_a_tile(mapped: Mapped, tmp_path: Path) -> None:
     scene = write_scene(tmp_path / "scene.tif", photograph(land_cover((9, 50))))
     found = predict(mapped, scene, tmp_path / "map.tif")

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from satdifuser.errors import MapError
 from satdifuser.evaluate.maps.area import Area
 from satdifuser.evaluate.maps.blend import Blender, Piece, TileLogits
-from satdifuser.evaluate.maps.map_file import NODATA, STEPS, MapFile, write_map
+from satdifuser.evaluate.maps.map_file import BLOCK, NODATA, STEPS, MapFile, write_map
 from satdifuser.evaluate.maps.origin import Origin
 from satdifuser.evaluate.maps.stac import write_item
 from satdifuser.evaluate.maps.strip_file import StripFile
@@ -76,7 +77,7 @@ def write_pixel_map(
         origin: What it is made with.
 
     Raises:
-        MapError: it cannot be written; finished rows are kept.
+        MapError: it cannot be written; finished rows are kept. Or it would hold no data.
         StoreError: somebody else writes to it.
     """
     grid, bands = features.grid, options.bands(predictor.classes)
@@ -95,11 +96,23 @@ def write_pixel_map(
         finally:
             strips.close()
         size, crs = (area.window[2], area.window[3]), area.raster.crs_wkt
+        if not holds_data(strips.path, (size[0], len(bands), size[1])):
+            strips.discard()
+            raise MapError(
+                f"{out}: not written, for no pixel of what is asked for holds data; choose another --window "
+                "or --aoi, or check the scene and source.nodata"
+            )
         map_file = MapFile(size, crs, area.transform, predictor.classes, bands, origin.tags)
         write_item(out, map_file, origin)
         write_map(strips.path, out, map_file)  # last: where it is, all is done
         strips.discard()
     return out
+
+
+def holds_data(rows: Path, shape: tuple[int, int, int]) -> bool:
+    """Whether any pixel of finished rows, (H, bands, W) uint8 in a file, has a class."""
+    classes = np.memmap(rows, np.uint8, "r", shape=shape)[:, 0]
+    return any((classes[row : row + BLOCK] != NODATA).any() for row in range(0, shape[0], BLOCK))
 
 
 def clip(rows: tuple[int, int], window: Sequence[int]) -> tuple[int, int]:
