@@ -13,9 +13,10 @@ from made_up import random_store
 
 from satdifuser.errors import SettingsError
 from satdifuser.fuse.data import MapLoader
+from satdifuser.fuse.network import build_network
 from satdifuser.fuse.run_network import mask_size
 from satdifuser.fuse.settings import FitSettings
-from satdifuser.fuse.train import learning_rate, loss, training_order
+from satdifuser.fuse.train import SHORTCUT_DECAY, learning_rate, loss, parameter_groups, training_order
 from satdifuser.store.device import choose_device
 from satdifuser.store.schema import LayerInfo
 from satdifuser.store.settings import Encoding
@@ -103,3 +104,16 @@ def test_batches_are_the_same_from_disk_from_memory_and_on_the_device(
                 wanted = (expected[group][chosen] - mean) / spread
                 stride = store.attributes.layers[held[0]].stride
                 np.testing.assert_array_equal(np.stack([m.numpy() for m in maps[stride]], axis=2), wanted)
+
+
+@pytest.mark.parametrize("head", ["shortcut", "reference"])
+def test_every_weight_is_trained_once_and_the_shortcut_is_penalised(head: str) -> None:
+    settings = FitSettings.model_validate({"head": head, "weight_decay": 1e-3})
+    network = build_network("global", {4: [8, 8]}, 2, 3, "classification", settings)
+    groups = parameter_groups(network, settings)
+    trained = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(trained) == sorted(id(parameter) for parameter in network.parameters())
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, parameter in network.named_parameters():
+        expected = 1e-3 + SHORTCUT_DECAY * name.startswith("shortcut.")
+        assert decays[id(parameter)] == pytest.approx(expected), name
