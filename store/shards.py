@@ -238,7 +238,7 @@ class ShardedStore:
             key = "/".join([name, "c", str(chunk), *"0" * (array.ndim - 1)])
             path = self.folder / key
             if not os.path.lexists(path):
-                if name != "commits" and self.commits[chunk]:
+                if name in self._array_names and self.commits[chunk]:
                     raise ValueError(f"{key} is missing")  # which Zarr would read as fill values
                 continue
             if self._local_size(key) is None:
@@ -291,9 +291,10 @@ class ShardedStore:
 
     @cached_property
     def _array_names(self) -> set[str]:
-        """The arrays of which a commit record names files."""
+        """The arrays of which a commit record names files: all but its own, and those without a value."""
         members = self._expected.members(max_depth=None)
-        return {name for name, member in members if isinstance(member, zarr.Array)} - {"commits"}
+        held = {name for name, member in members if isinstance(member, zarr.Array) and member.size}
+        return held - {"commits"}
 
 
 def _stamp(folder: Path) -> tuple[int, int, int] | None:
