@@ -424,9 +424,9 @@ def evaluate(
     With --reference: the accuracy of a map of the run and the areas of its classes, from labels of a part of
     it. The map is the one at --map, or is made of the tiles of the store.
     """
-    if (reference or map_path) and (compare or across):
-        raise SettingsError("--reference: assesses one map; leave out --compare and --across")
     if reference or map_path:
+        if compare or across:
+            raise SettingsError("--reference: assesses one map; leave out --compare and --across")
         _assess(runs, reference, map_path, _load(config, overrides), as_json)
         return
     from satdifuser.evaluate.chosen import choose_runs, ensure_all_evaluated, split_store

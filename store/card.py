@@ -25,9 +25,9 @@ def carry_card(old: FeatureStore, new: Path) -> None:
         new: The folder of the other store.
     """
     text = old.card()
-    edited = text is not None and text != store_card(old)
-    card = text if edited and text else store_card(FeatureStore(new), Path(str(old.path)).name)
-    write_durably(new / CARD, card.encode())
+    if not text or text == store_card(old):
+        text = store_card(FeatureStore(new), Path(str(old.path)).name)
+    write_durably(new / CARD, text.encode())
 
 
 def store_card(store: FeatureStore, name: str = "") -> str:

@@ -188,7 +188,7 @@ def export(store: Location, out: Path, timesteps: str | None, layers: str, split
         chosen = [] if splits is None else splits.split(",")
         export_pooled(opened, out, steps, layers.split(","), chosen)
     elif is_tiff(out):
-        if len(steps) > 1 or splits:
+        if len(steps) > 1 or splits is not None:
             raise SettingsError(
                 f"-o {out}: a GeoTIFF takes one of --timesteps, one of --layers, and all tiles"
             )

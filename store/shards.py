@@ -86,7 +86,7 @@ class ShardedStore:
         try:
             if self._mirror:
                 self._mirror.fetch(f"commits/c/{shard}")
-            self._check_claims("commits", [shard])
+            self._check_chunks("commits", [shard])
             text = str(commits[shard])
             record: dict[str, Any] = json.loads(text) if text else {}
             if text:
@@ -210,7 +210,7 @@ class ShardedStore:
             self._fetch_chunks(name, start, stop)
         array, per_shard = self._array(name), self.attributes.tiles_per_shard
         try:
-            self._check_claims(name, range(start // per_shard, -(-stop // per_shard)))
+            self._check_chunks(name, range(start // per_shard, -(-stop // per_shard)))
             found = array[start:stop]
         except DAMAGE as error:
             self.require_unchanged()
@@ -229,7 +229,7 @@ class ShardedStore:
                 "the same command again"
             )
 
-    def _check_claims(self, name: str, chunks: Iterable[int]) -> None:
+    def _check_chunks(self, name: str, chunks: Iterable[int]) -> None:
         """Raise ValueError where a chunk is not there, or says that it inflates to more than it may hold."""
         array = self._array(name)
         size = int(np.prod(array.chunks)) * array.dtype.itemsize
