@@ -213,9 +213,9 @@ def _rows(
     ]
 
 
-def fit_one(data: SweepData, cell: Cell, kind: ProbeKind, strength: float) -> Probes:
-    """Fit one probe of a cell again, with one strength."""
+def fit_again(data: SweepData, cell: Cell, chosen: Sequence[tuple[ProbeKind, float]]) -> list[Probes]:
+    """Fit some probes of a cell again, each with one strength."""
     places = data.places(cell)
     features = data.train.joined(data.inputs(cell), places)
-    axes = None if kind == "neighbours" else Axes(features, data.device)
-    return _fit(data, kind, features, places, [strength], axes)
+    axes = None if {kind for kind, _ in chosen} == {"neighbours"} else Axes(features, data.device)
+    return [_fit(data, kind, features, places, [strength], axes) for kind, strength in chosen]

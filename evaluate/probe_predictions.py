@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,11 @@ from satdifuser.store.reader import FeatureStore, Indices
 
 
 def predict_with(
-    store: FeatureStore, probe: Probes, inputs: Sequence[Input], rows: Indices
+    store: FeatureStore,
+    probe: Probes,
+    inputs: Sequence[Input],
+    rows: Indices,
+    pooled: Mapping[Input, Floats] | None = None,
 ) -> Iterator[Prediction]:
     """Predict some tiles or their masks.
 
@@ -26,11 +30,12 @@ def predict_with(
         probe: Of one strength.
         inputs: What it was fitted on, side by side in this order.
         rows: Which tiles.
+        pooled: Their pooled features, if they were read before; only for labels of tiles.
     """
     if isinstance(probe, LinearProbes) and store.attributes.task == "segmentation":
         yield from predict_masks(store, probe, inputs, rows)
         return
-    features = pooled_features(store, rows)
+    features = pooled_features(store, rows) if pooled is None else pooled
     joined = np.concatenate([features[key] for key in inputs], axis=1)
     yield probe.probabilities(joined)[0], np.asarray(store.targets(rows), np.int64)
 

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from satdifuser.evaluate.evaluation import new_outcome
 from satdifuser.evaluate.interchange import dataset_name
-from satdifuser.evaluate.probe_cells import Cell, Row, SweepData, fit_one, list_cells
+from satdifuser.evaluate.probe_cells import Cell, Row, SweepData, fit_again, list_cells
 from satdifuser.evaluate.probe_folder import Journal, as_table, write_probe
 from satdifuser.evaluate.probe_predictions import predict_with
 from satdifuser.evaluate.probe_workers import fit_cells, in_threads
 from satdifuser.evaluate.probes import Probes
+from satdifuser.evaluate.samples import pooled_features
 from satdifuser.evaluate.settings import EvaluateSettings, ProbeKind, ProbeSettings
 from satdifuser.fuse.data import labelled
 from satdifuser.fuse.train import MAIN_METRIC
@@ -119,25 +120,32 @@ def _measure_missing(
     data: SweepData, choices: Sequence[Choice], journal: Journal, evaluate: EvaluateSettings
 ) -> None:
     """Measure on test what was chosen on val."""
-    missing = [choice for choice in choices if str(choice) not in journal.choices]
+    missing: dict[Cell, list[Choice]] = {}
+    for choice in choices:
+        if str(choice) not in journal.choices:
+            missing.setdefault(choice.cell, []).append(choice)
     if not missing:
         return
     data.load()
     rows = labelled(data.store, "test", data.partition)
 
-    def fit(choice: Choice) -> Probes:
-        kind: ProbeKind = choice.row["probe"]
-        return fit_one(data, choice.cell, kind, choice.row["strength"])
+    def fit(cell: Cell) -> list[Probes]:
+        kinds: list[tuple[ProbeKind, float]] = [(c.row["probe"], c.row["strength"]) for c in missing[cell]]
+        return fit_again(data, cell, kinds)
 
-    with tqdm(total=len(missing), desc="test", unit="probe", disable=None) as bar:
-        for choice, probe in in_threads(fit, missing, data.device):
-            journal.count_test_read(str(choice))
-            outcome = new_outcome(data.store)
-            for probabilities, targets in predict_with(data.store, probe, data.inputs(choice.cell), rows):
-                outcome.add(probabilities, targets)
-            measured = {"metrics": outcome.metrics(), "interval": outcome.intervals(evaluate)}
-            journal.add_choice(str(choice), {"n_test": len(rows), **measured})
-            bar.update()
+    pooled = None  # of the test tiles: read once for all probes, after the first reading is counted
+    with tqdm(total=sum(map(len, missing.values())), desc="test", unit="probe", disable=None) as bar:
+        for cell, probes in in_threads(fit, list(missing), data.device):
+            for choice, probe in zip(missing[cell], probes, strict=True):
+                journal.count_test_read(str(choice))
+                if pooled is None and data.store.attributes.task != "segmentation":
+                    pooled = pooled_features(data.store, rows)
+                outcome = new_outcome(data.store)
+                for found in predict_with(data.store, probe, data.inputs(cell), rows, pooled):
+                    outcome.add(*found)
+                measured = {"metrics": outcome.metrics(), "interval": outcome.intervals(evaluate)}
+                journal.add_choice(str(choice), {"n_test": len(rows), **measured})
+                bar.update()
 
 
 def _tabulate(
