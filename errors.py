@@ -58,6 +58,10 @@ class StoreError(SatDiFuserError, RuntimeError):
     """A feature store is missing, incomplete, damaged or made with other settings."""
 
 
+class UnreachableError(StoreError):
+    """A remote place does not answer, or refuses; that says nothing of the store."""
+
+
 class RunError(SatDiFuserError, RuntimeError):
     """A fitted run is missing, or does not fit the store it is used on."""
 

@@ -94,6 +94,7 @@ def grow(
         SettingsError: there is no such timestep or layer.
         SatDiFuserError: bad input; what was computed stays.
     """
+    path = path.resolve()  # a link to a store stays one
     beside = path.with_name(f".{path.name}.growing")
     with StoreLock(path):
         end_cut_off(beside, path)
@@ -221,6 +222,7 @@ def _grown(a: Attributes, whole: Work, records: list[TileRecord], source: Source
         }
     update |= {
         "store_id": uuid.uuid4().hex,
+        "copied_from": [],  # what it was copied from holds less
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "tiles": len(records),
         "timesteps": timesteps,

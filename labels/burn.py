@@ -80,7 +80,8 @@ class PlacedShapes:
         if contested.any():
             mask[contested] = self._resolve(shapes, classes, place, size)[contested]
         tile = shapely.Polygon(place.corners(*size))
-        there = shapely.intersects(shapes, tile) & ~shapely.touches(shapes, tile)
+        points = shapely.get_dimensions(shapes) == 0  # one on the border labels a pixel
+        there = shapely.intersects(shapes, tile) & (points | ~shapely.touches(shapes, tile))
         return Burnt(mask, int(contested.sum()), near[np.unique(owner[there])])
 
     def _resolve(

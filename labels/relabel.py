@@ -237,6 +237,7 @@ def _labelled(
             "partitions": names,
             "planned": a.planned.model_copy(update={"labels": planned}),
             "labelled": origin | {"notes": survey.notes},
+            "copied_from": [],  # what it was copied from has other labels
         }
     )
 

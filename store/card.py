@@ -21,13 +21,20 @@ def carry_card(old: FeatureStore, new: Path) -> None:
     """Give a store that will take another one's place that one's card if people edited it, else a new one.
 
     Args:
-        old: The store in the place.
+        old: The store in the place, a local one.
         new: The folder of the other store.
     """
-    text = old.card()
-    if not text or text == store_card(old):
+    edited, text = old.card_file(), old.card()
+    if edited is None or (text is not None and text == store_card(old, _name_in(text))):
         text = store_card(FeatureStore(new), Path(str(old.path)).name)
-    write_durably(new / CARD, text.encode())
+        write_durably(new / CARD, text.encode())
+    else:  # byte by byte, whatever its encoding
+        write_durably(new / CARD, edited.read_bytes())
+
+
+def _name_in(card: str) -> str:
+    """The store's name in the title of a card; another one where the store was renamed since."""
+    return card.partition("\n")[0].removeprefix("# ").partition(": diffusion features of")[0]
 
 
 def store_card(store: FeatureStore, name: str = "") -> str:
@@ -48,9 +55,9 @@ def store_card(store: FeatureStore, name: str = "") -> str:
         "## Licence and citation": _facts(_terms(store)),
         "## How it was made": _facts(_making(store)),
         "## How to open it": (
-            f"With plain zarr-python:\n\n```python\n{zarr_snippet(store)}```\n\n"
+            f"With plain zarr-python:\n\n```python\n{zarr_snippet(store, name)}```\n\n"
             "With xarray (zarr warns that it does not know this README.md):\n\n"
-            f"```python\n{xarray_snippet(store)}```\n\n"
+            f"```python\n{xarray_snippet(store, name)}```\n\n"
             f"Decoding: {a.decode}. `pooled` holds the exact spatial means. `tiles/` has one row per tile: "
             "id, split, place, date."
         ),
@@ -103,15 +110,20 @@ def _making(store: FeatureStore) -> dict[str, Any]:
     }
 
 
-def zarr_snippet(store: FeatureStore) -> str:
-    """Python that decodes the first tile with plain zarr into ``maps`` (timestep, layer, channel, y, x)."""
+def zarr_snippet(store: FeatureStore, name: str) -> str:
+    """Python that decodes the first tile with plain zarr into ``maps`` (timestep, layer, channel, y, x).
+
+    Args:
+        store: The store.
+        name: Its folder.
+    """
     a, group = store.attributes, next(iter(store.groups))
     form = FORMS[a.encoding]
     lines = [
         *(["import numpy as np"] if form.packed else []),
         "import zarr",
         "",
-        f'group = zarr.open_group("{Path(str(store.path)).name}", mode="r")["features/{group}"]',
+        f'group = zarr.open_group("{name}", mode="r")["features/{group}"]',
         'maps = group["values"][0].astype("float32")  # of the first tile: (timestep, layer, channel, y, x)',
     ]
     if form.packed:
@@ -127,9 +139,14 @@ def zarr_snippet(store: FeatureStore) -> str:
     return "\n".join(lines) + "\n"
 
 
-def xarray_snippet(store: FeatureStore) -> str:
-    """Python that opens the store with xarray and takes ``pooled`` (tile, timestep, layer, channel)."""
-    group, name = next(iter(store.groups)), Path(str(store.path)).name
+def xarray_snippet(store: FeatureStore, name: str) -> str:
+    """Python that opens the store with xarray and takes ``pooled`` (tile, timestep, layer, channel).
+
+    Args:
+        store: The store.
+        name: Its folder.
+    """
+    group = next(iter(store.groups))
     return (
         "import xarray\n\n"
         f'tree = xarray.open_datatree("{name}", engine="zarr", consolidated=False)\n'

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from satdifuser.errors import StoreError
+from satdifuser.errors import StoreError, UnreachableError
 from satdifuser.store.files import CARD, PARTIAL_SUFFIX, file_digest
 from satdifuser.store.location import Location
 from satdifuser.store.metadata import MAX_METADATA_BYTES, ROOT, SEAL_KEY
@@ -254,7 +254,7 @@ class Bucket:
             raise FileNotFoundError(what) from error
         except (BaseError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0][:300]
-            raise StoreError(
+            raise UnreachableError(
                 f"{self.address}: {what} cannot be reached ({reason}); check the address, the credentials in "
                 "the environment and the connection, then run the same command again"
             ) from error

@@ -18,7 +18,7 @@ import numpy as np
 import zarr
 from zarr.storage import MemoryStore
 
-from satdifuser.errors import StoreError
+from satdifuser.errors import StoreError, UnreachableError
 from satdifuser.store.files import CARD, file_digest
 from satdifuser.store.layout import create_arrays
 from satdifuser.store.location import Location, is_remote
@@ -42,6 +42,7 @@ class ShardedStore:
         self.folder = self._mirror.folder if self._mirror else Path(path)
         self._opened_as = _stamp(self.folder)
         self.attributes = read_attributes(self.folder)
+        self._root_digest = file_digest(self.folder / ROOT)
         self._root = zarr.open_group(self.folder, mode="r")
         self._real = os.path.realpath(self.folder)
         self._opened: dict[str, Any] = {}
@@ -54,10 +55,14 @@ class ShardedStore:
         """The text of its README.md, which people may have edited; None where it has none."""
         if self._mirror:
             return self._mirror.read_text(CARD)
-        size = self._local_size(CARD)
-        if size is None or size > MAX_METADATA_BYTES:
+        file = self.card_file()
+        if file is None or file.stat().st_size > MAX_METADATA_BYTES:
             return None
-        return (self.folder / CARD).read_text(errors="replace")
+        return file.read_text(errors="replace")
+
+    def card_file(self) -> Path | None:
+        """The README.md of a local store; None where it has none, or a link out of the store."""
+        return None if self._local_size(CARD) is None else self.folder / CARD
 
     def digest_of(self, key: str) -> str:
         """SHA-256 of a file where the store is, not of a local copy."""
@@ -91,6 +96,8 @@ class ShardedStore:
             record: dict[str, Any] = json.loads(text) if text else {}
             if text:
                 _check_record(record, shard, self._array_names)
+        except UnreachableError:
+            raise
         except DAMAGE as error:
             self.require_unchanged()
             raise StoreError(
@@ -223,11 +230,15 @@ class ShardedStore:
 
     def require_unchanged(self) -> None:
         """Raise StoreError if another store has taken this one's place; to be asked after each access."""
-        if _stamp(self.folder) != self._opened_as:
+        stamp = _stamp(self.folder)
+        if stamp == self._opened_as:
+            return
+        if stamp is None or file_digest(self.folder / ROOT) != self._root_digest:  # which names the store
             raise StoreError(
                 f"{self.path}: was replaced while it was read, so that old and new values could mix; run "
                 "the same command again"
             )
+        self._opened_as = stamp
 
     def _check_chunks(self, name: str, chunks: Iterable[int]) -> None:
         """Raise ValueError where a chunk is not there, or says that it inflates to more than it may hold."""

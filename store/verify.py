@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from satdifuser.errors import StoreError
+from satdifuser.errors import StoreError, UnreachableError
 from satdifuser.store.encoding import tile_digests
 from satdifuser.store.files import PARTIAL_SUFFIX
 from satdifuser.store.location import is_remote
@@ -67,6 +67,8 @@ def _read_commit(store: FeatureStore, shard: int) -> dict[str, Any] | str:
     """A shard's commit record, or what is wrong with it."""
     try:
         return store.commit(shard)
+    except UnreachableError:
+        raise
     except StoreError as error:
         return f"commits/c/{shard} is damaged ({error.__cause__})"
 
@@ -88,6 +90,8 @@ def _check_shards(store: FeatureStore, deep: bool) -> Iterator[tuple[int, list[s
 def _wrong_bytes(store: FeatureStore, shard: int) -> list[str]:
     try:
         return _altered_files(store, shard) or _wrong_digests(store, shard)
+    except UnreachableError:
+        raise
     except (OSError, StoreError) as error:
         return [f"cannot be read: {error}"]
 

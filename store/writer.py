@@ -84,11 +84,8 @@ def create_store(path: Path, attributes: Attributes) -> None:
     """Create an empty store: all metadata or nothing, whenever the process dies.
 
     Raises:
-        SettingsError: the path is named as a .zip file.
         StoreError: it cannot be written.
     """
-    if is_zip(path):
-        raise SettingsError(f"{path}: a store is written to a folder; zip it when it is complete")
     partial = aside_name(path)
     try:
         files = DurableStore(partial)
@@ -109,6 +106,7 @@ def open_or_create(path: Path, attributes: Attributes, overwrite: bool) -> Store
     """Open the store at `path` to go on with it, or create it; nobody else writes to it meanwhile.
 
     Raises:
+        SettingsError: the path is named as a .zip file.
         StoreError: something else is at `path`, or a store made with other settings, or another process
             is writing to it, or it cannot be written.
     """
@@ -127,16 +125,23 @@ def open_or_create(path: Path, attributes: Attributes, overwrite: bool) -> Store
 def _prepare(path: Path, attributes: Attributes, overwrite: bool) -> None:
     """See to it that a store with these attributes is at `path`."""
     real = path.resolve()  # a link to a store stays one
+    refuse_zip(real)
     remove_aside(real)
     if path.exists() and not is_store(path):
         raise StoreError(f"{path}: exists and is not a feature store; choose another output path")
     if path.exists() and not overwrite:
         store = FeatureStore(path)
-        if any(store.commits):
+        if any(store.commits) or store.attributes.labelled:  # labels are not to be had from the source
             return _check_same(path, store.attributes, attributes)
     if path.exists():  # to be overwritten, or nothing was committed in it
         discard(real)
     return create_store(real, attributes)
+
+
+def refuse_zip(path: Path) -> None:
+    """Raise SettingsError where a store's path is named as a .zip file, before anything is replaced."""
+    if is_zip(path):
+        raise SettingsError(f"{path}: a store is written to a folder; zip it when it is complete")
 
 
 def _check_same(path: Path, existing: Attributes, attributes: Attributes) -> None:
@@ -177,9 +182,11 @@ def create_unless_there(path: Path, attributes: Attributes) -> None:
     """Create a store that several processes fill, each its own shards; the first one to come does it.
 
     Raises:
+        SettingsError: the path is named as a .zip file.
         StoreError: something else is at `path`, or it cannot be written.
     """
     try:
+        refuse_zip(path)
         make_folder(path.parent)
         with StoreLock(path, patience=CREATION_SECONDS):
             if path.exists() and not is_store(path):

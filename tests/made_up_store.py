@@ -55,8 +55,8 @@ def write(writer: StoreWriter, shard: int) -> None:
     writer.write_shard(shard, [tile_row(tile) for tile in tiles], batches, {})
 
 
-def build(path: Path, shards: tuple[int, ...] = (0, 1)) -> Path:
-    writer = open_or_create(path, new_attributes(), overwrite=False)
+def build(path: Path, shards: tuple[int, ...] = (0, 1), **changes: Any) -> Path:
+    writer = open_or_create(path, new_attributes(**changes), overwrite=False)
     for shard in shards:
         write(writer, shard)
     return path

@@ -111,6 +111,16 @@ def test_scales_come_along(make: Callable[..., FeatureStore], encoding: str) -> 
             assert np.abs(found - expected).max() <= step
 
 
+def test_a_store_behind_a_link_grows_in_its_place(make: Callable[..., FeatureStore], tmp_path: Path) -> None:
+    before, link = make("a.zarr"), tmp_path / "link.zarr"
+    link.symlink_to(before.path)
+    succeed("extract", "-o", link, "--add-timesteps", "61")
+    assert link.is_symlink()
+    assert open_store(before.path).attributes.timesteps == [21, 61, 161]
+    assert "link.zarr" not in str(open_store(before.path).card())
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
 def test_tiles_are_added(make: Callable[..., FeatureStore], tmp_path: Path) -> None:
     before = make("a.zarr")
     image_folder(tmp_path / "images", {"field": 9, "water": 6})

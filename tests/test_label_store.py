@@ -85,9 +85,30 @@ def test_the_card_tells_the_new_labels_unless_people_edited_it(store: FeatureSto
     text = card.read_text()
     assert text.startswith("# s.zarr: diffusion features")
     assert "targets: segmentation: forest, water" in text
-    card.write_text("ours")
-    label(store, fields)
-    assert card.read_text() == "ours"
+    assert ".labelling" not in text
+    moved = FeatureStore(store.folder.rename(store.folder.with_name("moved.zarr")))
+    label(moved, write_vectors(fields.with_name("b.gpkg"), [box(0, 0, 9, 9)], ["rice"], "EPSG:4326"))
+    text = moved.folder.joinpath("README.md").read_text()
+    assert text.startswith("# moved.zarr: diffusion features")
+    assert "targets: segmentation: rice (of b.gpkg)" in text
+    for edited in (b"ours", "für uns\r\n".encode("latin-1"), b"long" * 2**20):
+        moved.folder.joinpath("README.md").write_bytes(edited)
+        label(moved, fields)
+        assert moved.folder.joinpath("README.md").read_bytes() == edited
+
+
+def test_a_labelled_copy_that_lost_all_shards_keeps_its_labels(
+    store: FeatureStore, fields: Path, tmp_path: Path
+) -> None:
+    words = ("store", "copy", store.path, "-o", tmp_path / "c.zarr")
+    succeed(*words)
+    labelled, _ = label(FeatureStore(tmp_path / "c.zarr"), fields)
+    assert labelled.attributes.made_by == "`satdifuser extract`"
+    for shard in range(labelled.attributes.shards):
+        (labelled.folder / f"commits/c/{shard}").unlink()
+    told = refuse(*words)
+    assert "this store was made with other settings" in told
+    assert open_store(labelled.path).attributes.labelled["file"] == str(fields)
 
 
 def test_a_store_without_a_backbone_is_fitted_after_labelling(store: FeatureStore, fields: Path) -> None:

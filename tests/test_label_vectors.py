@@ -60,6 +60,13 @@ def test_points_label_their_pixel(tmp_path: Path) -> None:
     np.testing.assert_array_equal(mask_of(path), expected)
 
 
+def test_a_point_on_the_border_of_a_tile_lies_on_it(tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "a.gpkg", [point(-0.5, -0.5), point(20, 20)], ["x", "y"])
+    labels, tally = open_labels(path, VectorSettings()), Tally()
+    assert (labels.mask(PLACE, (8, 8), tally) == 0).sum() == 1
+    assert any("1 of 2 features lie on tiles" in note for note in labels.notes(tally))
+
+
 def test_touch_rule(tmp_path: Path) -> None:
     """A square that covers one centre and touches nine pixels."""
     path = write_vectors(tmp_path / "a.gpkg", [box(2.7, 2.7, 1.6, 1.6)], ["x"])

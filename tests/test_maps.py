@@ -33,6 +33,14 @@ from satdifuser.store.reader import open_store
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
+# of the scene's tiles for the run of tiles
+KEPT = (
+    "source.kind=scenes",
+    f"source.tile_size={TILE}",
+    f"source.overlap={OVERLAP}",
+    "extract.timesteps=[21]",
+)
+
 
 def predict(*words: object) -> Path:
     """Run the command; what it wrote."""
@@ -262,6 +270,19 @@ def test_tiles_of_a_store_are_chosen_by_their_ids(mapped: Mapped, tmp_path: Path
     assert "no tile's id matches --tiles 'other/*'; the first of 20 is scene/0_0" in message
 
 
+def test_windows_reach_into_the_gaps_between_tiles(mapped: Mapped, tmp_path: Path) -> None:
+    """Tiles of rows 0 to 31 and 48 to 79, the last ten of which lie beyond the scene."""
+    words = (mapped.run, mapped.store, "--tiles", "scene/[04]*", "-o")
+    whole = read(predict(*words, tmp_path / "whole.tif"))
+    assert (whole[0, 32:48] == 255).all()
+    for number, (row, col, height, width) in enumerate(((34, 0, 20, 20), (0, 3, 40, 9), (33, 0, 36, 90))):
+        window = f"{row},{col},{height},{width}"
+        part = read(predict(*words, tmp_path / f"{number}.tif", "--window", window))
+        np.testing.assert_array_equal(part, whole[:, row : row + height, col : col + width])
+    message = refuse("predict", *words, tmp_path / "none.tif", "--window", "34,0,6,20")
+    assert "no pixel of what is asked for holds data" in message
+
+
 # --- classes of tiles
 
 
@@ -286,6 +307,24 @@ def test_classes_of_a_stores_tiles_as_a_table(
     )
     top = np.sort(shares, axis=1)
     assert other["confidence"].to_numpy() == pytest.approx(top[:, -1] - top[:, -2], abs=1e-5)
+
+
+def test_a_window_chooses_tiles_of_a_store(mapped: Mapped, tile_table: pd.DataFrame, tmp_path: Path) -> None:
+    words = ("predict", mapped.tile_run, mapped.tile_store, "-o", tmp_path / "t.csv")
+    succeed(*words, "--window", f"0,{TILE - 1},{TILE},{TILE}")
+    assert pd.read_csv(tmp_path / "t.csv")["tile_id"].tolist() == tile_table["tile_id"].tolist()[:2]
+
+
+def test_an_area_between_the_tiles_of_a_store_is_refused(mapped: Mapped, tmp_path: Path) -> None:
+    stored = ("--tiles", "scene/[04]*", "-o", tmp_path / "t.csv")
+    aoi = write_polygons(tmp_path / "aoi.gpkg", [[corner(r, c) for r, c in ((34, 2), (34, 9), (40, 9))]])
+    kept = tmp_path / "kept.zarr"
+    succeed("extract", *settings(*KEPT), *settings(f"source.root={mapped.scene}", ONE_THREAD), "-o", kept)
+    assert len(predict(mapped.tile_run, kept, *stored).read_text().splitlines()) > 2
+    for place in (("--aoi", aoi), ("--window", "34,2,6,7")):
+        message = refuse("predict", mapped.tile_run, kept, *stored, "--overwrite", *place)
+        assert "no tile of" in message
+        assert "lies on what is asked for; choose another --window or --aoi" in message
 
 
 def test_classes_of_tiles_as_polygons(mapped: Mapped, tile_table: pd.DataFrame, tmp_path: Path) -> None:

@@ -395,6 +395,14 @@ def test_other_settings_are_refused_by_name(whole: FeatureStore, changes: dict[s
         open_or_create(whole.path, attributes(planned=planned, **changes), overwrite=False)
 
 
+def test_overwrite_keeps_a_store_that_is_named_as_a_zip_file(copy: Path, tmp_path: Path) -> None:
+    place = copy.rename(tmp_path / "s.zip")
+    for overwrite in (True, False):
+        with pytest.raises(SettingsError, match="a store is written to a folder"):
+            open_or_create(place, attributes(), overwrite)
+    assert open_store(place).missing_shards() == []
+
+
 def test_overwrite_replaces_a_store_but_nothing_else(copy: Path, tmp_path: Path) -> None:
     assert open_or_create(copy, attributes(timesteps=[1]), overwrite=True).missing_shards() == [0, 1, 2]
     other = tmp_path / "photos"

@@ -535,7 +535,8 @@ def test_a_store_that_changes_while_it_is_read(copy: Path, tmp_path: Path) -> No
     shutil.rmtree(copy / "features/stride_02/pooled/c/1")
     with pytest.raises(StoreError, match="pooled/c/1/0/0/0 is missing"):  # what Zarr reads as fill values
         reader.pooled()
-    take_place(build(tmp_path / "new.zarr"), copy)
+    build(tmp_path / "new.zarr", store_id="another")
+    take_place(tmp_path / "new.zarr", copy)
     for asked in (lambda: reader.table("tiles/bounds"), lambda: unread.maps(np.array([0]))):
         with pytest.raises(StoreError, match="was replaced while it was read"):
             asked()

@@ -19,7 +19,7 @@ from command_line import call, refuse, succeed
 from made_up import random_store
 from made_up_store import flip
 
-from satdifuser.errors import StoreError
+from satdifuser.errors import StoreError, UnreachableError
 from satdifuser.store import remote
 from satdifuser.store.reader import FeatureStore, open_store
 from satdifuser.store.schema import LayerInfo
@@ -209,6 +209,25 @@ def test_a_server_that_stays_away_is_a_clear_error(
     assert "then run the same command again" in told
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert "cannot be reached" in refuse("store", "info", "s3://bucket/x.zarr")
+
+
+def test_a_record_that_cannot_be_fetched_is_no_damage(
+    proxy: Proxy, local: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote.upload(local, "s3://bucket/x.zarr")
+    store = open_store("s3://bucket/x.zarr")
+    monkeypatch.setattr(remote, "RETRY", {"max_retries": 0})
+    get = remote.Bucket.read
+
+    def forbid(self: Any, key: str) -> Any:
+        with self._explained(key):
+            if key == "commits/c/1":
+                raise PermissionError("403 Forbidden")
+        return get(self, key)
+
+    monkeypatch.setattr(remote.Bucket, "read", forbid)
+    with pytest.raises(UnreachableError, match="commits/c/1 cannot be reached"):
+        verify(store)
 
 
 def test_no_store_there(proxy: Proxy, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ an npz beside it. All computation is the package's own; this file and its parts 
 parity_unet.py, parity_extraction.py) only rebuild what a case describes.
 
 One line per case; it passes where max|ours - golden| <= 1e-4 max|golden| for every array compared, with one
-thread or else with two. Exit code 0: all passed; 1: a case failed or is of a kind unknown here; 2: there is no
-case.
+thread or else with two. Exit code 0: all passed; 1: a case failed or is of a kind unknown here; 2: there is
+no case.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from parity_unet import run_metadata, run_unet
 
 TOLERANCE = 1e-4
 # An input of a ReLU may be within rounding of 0, and then the order of sums decides: one gradient of
-# B_seg_gw_trainmode differs by 4.7e-4 with the number of threads and the kind of processor (float64 agrees with
-# one side, the record with the other). So a case that fails is tried again, whole, with two threads.
+# B_seg_gw_trainmode differs by 4.7e-4 with the number of threads and the kind of processor (float64 agrees
+# with one side, the record with the other). So a case that fails is tried again, whole, with two threads.
 THREADS = (1, 2)
 
 

@@ -77,12 +77,16 @@ class Area:
         return np.asarray(burnt, np.bool_)
 
     def touches(self, tops: Sequence[int], lefts: Sequence[int], tile: tuple[int, int]) -> NDArray[np.bool_]:
-        """Which tiles of (H, W) px, at rows and columns of the raster, share ground with the polygons."""
+        """Which tiles of (H, W) px, at rows and columns of the raster, share ground with the area."""
+        row, column, height, width = self.window
+        top, left = np.asarray(tops), np.asarray(lefts)
+        down = (top < row + height) & (top + tile[0] > row)
+        met: NDArray[np.bool_] = down & (left < column + width) & (left + tile[1] > column)
         if self.polygons is None:
-            return np.ones(len(tops), np.bool_)
+            return met
         polygons = tile_polygons(self.raster, tops, lefts, tile)
-        met = shapely.STRtree(self.polygons).query(polygons, "intersects")[0]
-        return np.isin(np.arange(len(tops)), met)
+        near = shapely.STRtree(self.polygons).query(polygons, "intersects")[0]
+        return met & np.isin(np.arange(len(top)), near)
 
 
 def tile_polygons(

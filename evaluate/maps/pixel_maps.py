@@ -8,6 +8,7 @@ Letters of shapes: K classes, H and W pixels of a tile, h and w pixels of a part
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,13 @@ def write_pixel_map(
         StoreError: somebody else writes to it.
     """
     grid, bands = features.grid, options.bands(predictor.classes)
-    rows = [clip(grid.rows(row), area.window) for row in range(len(grid.tops))]
+    empty = MapError(
+        f"{out}: not written, for no pixel of what is asked for holds data; choose another --window or "
+        "--aoi, or check the scene and source.nodata"
+    )
+    if not (grid.tops and grid.lefts):
+        raise empty
+    rows = rows_of_strips(grid, area.window)
     sizes = [(stop - start) * len(bands) * area.window[3] for start, stop in rows]
     identity = {**identity, "window": area.window, "bands": bands, "polygons": polygons_text(area)}
     with StoreLock(out):
@@ -98,10 +105,7 @@ def write_pixel_map(
         size, crs = (area.window[2], area.window[3]), area.raster.crs_wkt
         if not holds_data(strips.path, (size[0], len(bands), size[1])):
             strips.discard()
-            raise MapError(
-                f"{out}: not written, for no pixel of what is asked for holds data; choose another --window "
-                "or --aoi, or check the scene and source.nodata"
-            )
+            raise empty
         map_file = MapFile(size, crs, area.transform, predictor.classes, bands, origin.tags)
         write_item(out, map_file, origin)
         write_map(strips.path, out, map_file)  # last: where it is, all is done
@@ -113,6 +117,13 @@ def holds_data(rows: Path, shape: tuple[int, int, int]) -> bool:
     """Whether any pixel of finished rows, (H, bands, W) uint8 in a file, has a class."""
     classes = np.memmap(rows, np.uint8, "r", shape=shape)[:, 0]
     return any((classes[row : row + BLOCK] != NODATA).any() for row in range(0, shape[0], BLOCK))
+
+
+def rows_of_strips(grid: TileGrid, window: Sequence[int]) -> list[tuple[int, int]]:
+    """The rows of pixels (from, to) that each row of tiles completes; all of a window together."""
+    ends = [clip(grid.rows(row), window)[1] for row in range(len(grid.tops) - 1)]
+    borders = [window[0], *ends, window[0] + window[2]]  # beside the tiles, too: they may leave gaps
+    return list(itertools.pairwise(borders))
 
 
 def clip(rows: tuple[int, int], window: Sequence[int]) -> tuple[int, int]:
@@ -146,14 +157,16 @@ def _blend_strip(
 ) -> NDArray[np.uint8]:
     """Blend one row of tiles; its finished rows in the area, (bands, h, w)."""
     (_, left, _, width), first = area.window, features.grid.rows(row)[0]
+    start, stop = clip(features.grid.rows(row), (rows[0], left, rows[1] - rows[0], width))
     shape = (len(options.bands(predictor.classes)), rows[1] - rows[0], width)
     strip = np.full(shape, NODATA, np.uint8)
     tiles = tile_logits(predictor, features, row, area, bar)
     for piece in blender.blend_row(row, tiles):
         columns = slice(max(piece.left, left), min(piece.left + piece.seen.shape[1], left + width))
-        if columns.start < columns.stop and rows[0] < rows[1]:
-            part = piece.crop(slice(rows[0] - first, rows[1] - first), columns)
-            strip[..., columns.start - left : columns.stop - left] = encode_bands(predictor, part, options)
+        if columns.start < columns.stop and start < stop:
+            part = piece.crop(slice(start - first, stop - first), columns)
+            own = slice(start - rows[0], stop - rows[0]), slice(columns.start - left, columns.stop - left)
+            strip[:, *own] = encode_bands(predictor, part, options)
     strip[:, ~area.inside(rows)] = NODATA
     return strip
 

@@ -157,7 +157,7 @@ def predict_store(
     origin = Origin(predictor.run, name, scene.date if scene else common_date(store))
     if predictor.task == "segmentation":
         return _map_pixels(predictor, inputs, rows, request, scene, origin)
-    return _map_tiles(predictor, inputs, rows, request, origin)
+    return _map_tiles(predictor, inputs, rows, request, scene, origin)
 
 
 def _map_pixels(
@@ -177,14 +177,24 @@ def _map_pixels(
 
 
 def _map_tiles(
-    predictor: Predictor, inputs: NetworkInputs, rows: Indices, request: Request, origin: Origin
+    predictor: Predictor,
+    inputs: NetworkInputs,
+    rows: Indices,
+    request: Request,
+    scene: Scene | None,
+    origin: Origin,
 ) -> Path:
     partly = request.window is not None or request.aoi is not None
     required = partly or request.out.suffix.lower() not in TABLES
-    ground = find_ground(inputs.store, rows, required)
+    ground = find_ground(inputs.store, rows, required, scene.raster if scene else None)
     if ground is not None and partly:
         tops, lefts = ground.places.T.tolist()
         kept = find_area(ground.raster, request).touches(tops, lefts, ground.tile)
+        if not kept.any():
+            raise SettingsError(
+                f"{request.out}: not written, for no tile of {inputs.store.path} lies on what is asked for; "
+                "choose another --window or --aoi"
+            )
         rows, ground = rows[kept], ground.only(kept)
     results = predict_store_tiles(predictor, inputs, rows, ground)
     return write_results(results, request.out, request.options, origin)

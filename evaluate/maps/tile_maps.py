@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from satdifuser.errors import StoreError
-from satdifuser.evaluate.maps.area import Area
+from satdifuser.evaluate.maps.area import Area, Raster
 from satdifuser.evaluate.maps.pixel_maps import TileFeatures, polygons_text, progress
 from satdifuser.evaluate.maps.store_features import TILES_PER_READ, NetworkInputs, find_raster
 from satdifuser.evaluate.maps.strip_file import StripFile
@@ -87,14 +87,22 @@ def predict_store_tiles(
     return TileResults(predictor.task, predictor.classes, ids, np.concatenate(found), ground)
 
 
-def find_ground(store: FeatureStore, rows: Indices, required: bool) -> Ground | None:
+def find_ground(
+    store: FeatureStore, rows: Indices, required: bool, raster: Raster | None = None
+) -> Ground | None:
     """Where tiles lie; None where they are of no one raster and that is not required.
+
+    Args:
+        store: The store.
+        rows: The tiles.
+        required: Whether it must be known.
+        raster: What they are parts of, where that is known.
 
     Raises:
         StoreError: they are not, though that is required.
     """
     try:
-        return Ground(*find_raster(store, rows), store.attributes.tile_size)
+        return Ground(*find_raster(store, rows, raster), store.attributes.tile_size)
     except StoreError:
         if required:
             raise
