@@ -101,7 +101,7 @@ class TrainingSettings(Settings):
     experts: PositiveInt = 8
     top_k: PositiveInt = 2
     warmup_steps: NonNegativeInt = 20
-    epochs: PositiveInt = 8
+    epochs: PositiveInt = 6
     batch_size: PositiveInt = 16
     warmup_epochs: NonNegativeInt = 1
     warmup_lr: PositiveFloat = 2e-5
