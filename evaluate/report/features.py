@@ -58,8 +58,8 @@ def pca_figure(store: FeatureStore, partition: str, inputs: Sequence[Input], com
         Grid(columns, body),
         "Where two places have the same colour, the layer's features are alike there; where colours differ, "
         "the layer tells them apart. Colours mean the same down a column, and nothing from one column to the "
-        f"next. They are the three strongest principal components over {len(rows)} tiles of val; the numbers "
-        "say what share of the features' variance each of them holds.",
+        f"next. They are the three strongest principal components over {len(rows)} tiles of val; what share "
+        "of the variance each of them holds is told under 'Data and command'.",
         command,
         pd.DataFrame(tidy),
         str(store.path),
