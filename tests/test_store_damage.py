@@ -542,6 +542,14 @@ def test_a_store_that_changes_while_it_is_read(copy: Path, tmp_path: Path) -> No
             asked()
 
 
+def test_metadata_that_are_written_again_as_they_were(copy: Path) -> None:
+    reader, root = open_store(copy), copy / "zarr.json"
+    text = root.read_bytes()
+    root.unlink()
+    root.write_bytes(text)
+    assert len(reader.pooled()) == TILES
+
+
 def test_a_commit_record_of_another_shard(copy: Path) -> None:
     for array in {key.split("/c/")[0] for key in open_store(copy).commits[1]["files"]}:
         shutil.rmtree(copy / array / "c/1", ignore_errors=True)
