@@ -1,7 +1,9 @@
 """What extraction costs beyond the U-Net, and what extracting once saves.
 
     python benchmarks/extract_throughput.py [--size small] [--batch 4] [--tiles 24] [--rounds 5]
-    python benchmarks/extract_throughput.py --size sd21 --device cuda --dtype float16 --batch auto --tiles 512
+    python benchmarks/extract_throughput.py --size sd21 --device cuda --dtype float16 --batch auto --tiles 506
+
+`--root /dev/shm` keeps images and stores in memory, so that the disk's share can be told.
 
 A backbone of random weights: `small`, a U-Net of 34 M parameters (64, 128, 256, 256 channels) behind a small
 autoencoder, or `sd21`, U-Net and autoencoder of Stable Diffusion 2.1. Tiles are PNG files, 256 px by default.
@@ -20,12 +22,14 @@ round warms up and is not counted.
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -54,6 +58,7 @@ from satdifuser.store.settings import StoreSettings
 from satdifuser.store.writer import open_or_create
 
 EPOCHS, FUSIONS = 40, ("global", "localized", "moe")
+SAMPLE_SECONDS = 0.1  # between two looks at a GPU
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,9 @@ def main() -> None:
     parser.add_argument("--threads", default="auto")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--parts", default="abc", help="which of a, b and c")
+    parser.add_argument("--root", type=Path, help="where images and stores lie meanwhile")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=args.root) as folder:
         root = Path(folder)
         make_backbone(root / "backbone", SIZES[args.size])
         make_images(root / "images", args.tiles, args.pixels)
@@ -145,6 +151,8 @@ class Bench:
         self.work = load_work(self.plan)
         self.device = self.work.extractor.backbone.device
         self.tiles = len(self.plan.records)
+        self.gpu = GpuWatch(self.device)
+        self.store: Any = None  # the one that was written last
 
     def planned(self, noising: str) -> Plan:
         batch = self.args.batch if self.args.batch == "auto" else int(self.args.batch)
@@ -190,7 +198,10 @@ class Bench:
     # --- (a)
 
     def extract(self, work: Work | None = None, plan: Plan | None = None) -> float:
-        """Write a new store: seconds a tile, without its creation."""
+        """Write a new store in place of the last one: seconds a tile, without its creation."""
+        if self.store:  # which may hold files open, and their space with them
+            last, self.store = self.store.folder, None
+            shutil.rmtree(last)
         work, plan, self.number = work or self.work, plan or self.plan, self.number + 1
         path = self.root / f"{self.number}.zarr"
         attributes = run.planned_attributes(plan, work.job, work.extractor.backbone.loaded)
@@ -198,7 +209,8 @@ class Bench:
         with open_or_create(path, attributes, overwrite=False) as writer:
             self.creation = time.perf_counter() - began
             missing = writer.missing_shards()
-            seconds = self.timed(lambda: run._fill(work, plan.source, plan.records, writer, missing))
+            with self.gpu:
+                seconds = self.timed(lambda: run._fill(work, plan.source, plan.records, writer, missing))
         self.store = FeatureStore(path)
         return seconds
 
@@ -211,7 +223,8 @@ class Bench:
             tiles = min(self.work.batch_size, self.tiles - start)
             rows = tiles * (1 if grid else len(extractor.timesteps))
             shape = backbone.info.latent_shape(self.plan.image_size)
-            x = torch.zeros(rows, *shape, device=self.device, dtype=backbone.dtype)
+            # no zeros: a GPU calculates with them faster than with other numbers
+            x = torch.randn(rows, *shape, device=self.device, dtype=backbone.dtype)
             time = torch.full((rows,), 21.0, device=self.device)
             prompt = backbone.conditions(rows).prompt
             for _ in grid or [0]:
@@ -225,13 +238,15 @@ class Bench:
                 ratios.append(bare / ours)
                 rates.append(1 / ours)
                 print(f"  (a) bare loop {1 / bare:.2f} tiles/s, extraction {1 / ours:.2f} tiles/s")
+            else:
+                self.gpu.forget()
         print(
             f"(a) extraction runs at {statistics.median(ratios):.3f} of a bare loop of its U-Net calls "
             f"(median; {min(ratios):.3f} to {max(ratios):.3f}), {statistics.median(rates):.2f} tiles/s; "
             f"creating the store took {self.creation:.2f} s"
         )
         if self.device.type == "cuda":
-            print(f"    {gpu_state(self.device)}")
+            print(f"    the GPU while extracting: {self.gpu.describe()}")
 
     # --- (b)
 
@@ -240,17 +255,15 @@ class Bench:
         job = plan.job.with_batch(self.work.batch_size)
         extractor = type(self.work.extractor)(self.work.extractor.backbone, job.settings, plan.layers)
         work = Work(job, extractor, plan.image_size, {})
-        self.extract(work, plan)
-        store = self.store
         passes = plan.passes_per_tile
         times: dict[str, list[float]] = {}
         for number in range(self.args.rounds + 1):
             found = {
                 "features of an image": self.timed(lambda: self.features(work, plan)),
                 "its extraction": self.extract(work, plan),
-                "its reading": self.timed(lambda: self.read(store)),
+                "its reading": self.timed(lambda: self.read(self.store)),
             }
-            found |= {name: self.timed(lambda name=name: self.train(store, name)) for name in FUSIONS}
+            found |= {name: self.timed(lambda name=name: self.train(self.store, name)) for name in FUSIONS}
             for name, seconds in found.items() if number else ():
                 times.setdefault(name, []).append(seconds)
         medians = {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -340,21 +353,65 @@ class Bench:
             print(f"    {name:44} {seconds:8.4f}  {seconds / whole:6.1%}")
 
 
-def gpu_state(device: torch.device) -> str:
-    """Memory, driver and utilisation of a GPU, as far as NVML tells."""
-    peak = torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import pynvml
+class GpuWatch:
+    """Looks at a GPU every now and then while a `with` block lasts; at nothing where there is none.
 
-        pynvml.nvmlInit()
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        used = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
-        return (
-            f"peak memory {peak:.1f} GB, driver {pynvml.nvmlSystemGetDriverVersion()}, utilisation {used} %"
-        )
-    except Exception as error:  # NVML is optional
-        return f"peak memory {peak:.1f} GB; driver and utilisation unknown ({error})"
+    Utilisation and power are told by NVML (package nvidia-ml-py), which is optional.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._nvml, self._handle = device, None, None
+        self._problem = "no time to look"
+        self.forget()
+        if device.type == "cuda":
+            self._open()
+
+    def _open(self) -> None:
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = torch.cuda.get_device_properties(self._device).uuid
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            self._nvml = pynvml
+        except Exception as error:  # NVML's own errors are of a class of the package that may be missing
+            self._problem = str(error)
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._peak, self._samples = 0, list[tuple[float, float]]()  # bytes; (%, W)
+
+    def __enter__(self) -> GpuWatch:
+        self._over = Event()
+        self._thread = Thread(target=self._look, name="gpu", daemon=True)
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            self._over.set()
+            self._thread.join()
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device))
+
+    def _look(self) -> None:
+        nvml: Any = self._nvml
+        try:
+            while nvml and not self._over.wait(SAMPLE_SECONDS):
+                used = nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
+                self._samples.append((used, nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000))
+        except Exception as error:  # as above
+            self._nvml, self._problem = None, str(error)
+
+    def describe(self) -> str:
+        """Peak memory, and the means of what was seen."""
+        peak = f"peak memory {self._peak / 1e9:.1f} GB"
+        if not self._nvml or not self._samples:
+            return f"{peak}; driver, utilisation and power unknown ({self._problem})"
+        used, power = map(statistics.mean, zip(*self._samples, strict=True))
+        driver = self._nvml.nvmlSystemGetDriverVersion()
+        return f"{peak}, utilisation {used:.0f} %, power {power:.0f} W, driver {driver}"
 
 
 if __name__ == "__main__":

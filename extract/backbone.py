@@ -180,7 +180,7 @@ class Backbone:
             rgb: Images.
             noise: Standard normal (B, c, h, w) to sample the posterior with; None takes its mode.
         """
-        images = to_device(2 * rgb - 1, self.device).to(self.dtype)
+        images = (2 * to_device(rgb, self.device) - 1).to(self.dtype)
         posterior = self.vae.encode(images).latent_dist
         z = posterior.mode() if noise is None else posterior.mean + posterior.std * noise
         scaled: Tensor = z * self.vae.config.scaling_factor

@@ -1,13 +1,14 @@
 """A thread that does one thing at a time, so that encoding and writing run beside the backbone.
 
-Whoever hands it the next task waits for the one before: what waits in memory stays bounded, tasks are done
-in their order, and none is begun after one that failed.
+Whoever hands it the next task waits where others still wait: what waits in memory stays bounded, tasks are
+done in their order, and none is begun after one that failed.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -15,32 +16,52 @@ Result = TypeVar("Result")
 
 
 class Background:
-    """One thread, for the length of a `with` block; leaving the block waits for the task under way."""
+    """One thread, for the length of a `with` block; leaving the block waits for the tasks handed to it.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: Of the thread.
+        waiting: How many tasks may wait behind the one under way.
+    """
+
+    def __init__(self, name: str, waiting: int = 0) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-        self._last: Future[Any] | None = None
+        self._waiting = waiting
+        self._handed: deque[Future[Any]] = deque()
+        self._failed = False
 
     def hand(self, task: Callable[[], Result]) -> Future[Result]:
-        """Begin a task as soon as the one before is done; return where its result will be.
+        """Begin a task as soon as those before are done; return where its result will be.
 
         Raises:
-            BaseException: whatever the task before raised; this one is not begun.
+            BaseException: whatever a task before raised; this one is not begun.
         """
-        self.wait()
-        future = self._pool.submit(task)
-        self._last = future
+        while len(self._handed) > self._waiting:
+            self._handed[0].result()
+            self._handed.popleft()
+        self.check()
+        future = self._pool.submit(self._run, task)
+        self._handed.append(future)
         return future
 
+    def _run(self, task: Callable[[], Result]) -> Result:
+        if self._failed:  # after this task was handed over
+            raise CancelledError
+        try:
+            return task()
+        except BaseException:
+            self._failed = True
+            raise
+
     def check(self) -> None:
-        """Raise at once what the last task raised; wait for nothing."""
-        if self._last is not None and self._last.done():
-            self._last.result()
+        """Raise at once what the last tasks raised; wait for nothing."""
+        for future in self._handed:
+            if future.done():
+                future.result()
 
     def wait(self) -> None:
-        """Wait for the last task, and raise what it raised."""
-        if self._last is not None:
-            self._last.result()
+        """Wait for the last tasks, and raise what they raised."""
+        for future in self._handed:
+            future.result()
 
     def __enter__(self) -> Background:
         return self

@@ -139,7 +139,7 @@ def _fill(
             total=len(records), initial=len(records) - len(todo), unit="tile", desc="extract", disable=None
         ) as bar,
         Background("encode") as encoding,
-        Background("write") as writing,
+        Background("write", waiting=1) as writing,  # a shard may be one batch: the device needs its next one
         closing(read_ahead(work.job, source, work.image_size, todo)) as tiles,
     ):
         cost = ShardCost(work)

@@ -44,7 +44,7 @@ class DurableStore(LocalStore):
         self.write(key, value.to_bytes())
 
     def write(self, key: str, *parts: Part) -> None:
-        """Write one file of some parts, and remember it."""
+        """Write one file of some parts, and remember it; threads may write several at once."""
         if self._failure is not None:
             raise self._failure
         try:
@@ -88,13 +88,16 @@ class DurableStore(LocalStore):
             sync_folder(folder)
 
 
-def write_durably(path: Path, *parts: Part) -> None:
-    """Write a file of some parts so that its name only ever shows the whole content."""
+def write_durably(path: Path, *parts: Part, digest: hashlib._Hash | None = None) -> None:
+    """Write a file of some parts so that its name only ever shows the whole content; hash them if asked."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         with partial.open("wb", buffering=BUFFER_BYTES) as file:
-            file.writelines(parts)
+            for part in parts:
+                file.write(part)
+                if digest:
+                    digest.update(part)  # while the part is in the cache
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ from satdifuser.store.shard_file import pack_shard
 
 Item = TypeVar("Item")
 Encoded = dict[str, dict[str, NDArray[np.generic]]]  # group to array name to (B, ...)
+WRITE_THREADS = min(8, os.cpu_count() or 1)  # of one shard's files, and of its tiles' digests
+TILES_AT_ONCE = 4  # that one thread hashes
 CREATION_SECONDS = 60.0  # that another process may take to create a store
 NAN4, NAN6 = (float("nan"),) * 4, (float("nan"),) * 6
 
@@ -315,8 +318,9 @@ class StoreWriter:
     def _write_data(self, shard: int, rows: Sequence[TileRow], batches: Sequence[Encoded]) -> None:
         here = slice(*self.attributes.shard_range(shard))
         present = [not row.skip_reason for row in rows]
-        with ThreadPoolExecutor(1, "digest") as pool:  # beside the writes: each takes about as long
-            digests = pool.submit(lambda: [digest for batch in batches for digest in tile_digests(batch)])
+        with ThreadPoolExecutor(WRITE_THREADS, "write") as pool:
+            digests = [pool.submit(tile_digests, part) for batch in batches for part in _few_tiles(batch)]
+            files = []
             for group in self._store.groups:
                 for name in self._store.array_names():
                     array = self._array(f"features/{group}/{name}")
@@ -326,26 +330,29 @@ class StoreWriter:
                     )
                     if array.shards is None:
                         array[here] = np.stack(tiles)
-                    else:
-                        self._write_shards(array, shard, tiles)
+                        continue
+                    for step in range(array.shape[1]):
+                        files.append(pool.submit(self._write_file, array, shard, tiles, step))
             self._write_tiles(here, rows)
             self._write_labels(here, rows)
-        self._array("tiles/digest")[here] = _texts(_spread(digests.result(), present, ""))
+            for file in files:
+                file.result()
+        found = [digest for part in digests for digest in part.result()]
+        self._array("tiles/digest")[here] = _texts(_spread(found, present, ""))
 
-    def _write_shards(self, array: Any, shard: int, tiles: Sequence[NDArray[np.generic]]) -> None:
-        """Write tiles (timestep, layer, …) of a sharded array: one file per timestep."""
+    def _write_file(self, array: Any, shard: int, tiles: Sequence[NDArray[np.generic]], step: int) -> None:
+        """Write one timestep of tiles (timestep, layer, …) of a sharded array."""
         per_tile = array.shape[2] // array.chunks[2]
         compressed = array.name.endswith("/values") and FORMS[self.attributes.encoding].compressed
-        for step in range(array.shape[1]):
-            chunks = [
-                chunk.view(np.uint8)
-                for tile in tiles
-                for chunk in np.ascontiguousarray(tile[step]).reshape(per_tile, -1)
-            ]
-            places = array.shards[0] * per_tile
-            parts = pack_shard(chunks, places, array.dtype.itemsize if compressed else 0)
-            key = "/".join(["c", str(shard), str(step), *"0" * (array.ndim - 2)])
-            self._files.write(f"{array.path}/{key}", *parts)
+        chunks = [
+            chunk.view(np.uint8)
+            for tile in tiles
+            for chunk in np.ascontiguousarray(tile[step]).reshape(per_tile, -1)
+        ]
+        places = array.shards[0] * per_tile
+        parts = pack_shard(chunks, places, array.dtype.itemsize if compressed else 0)
+        key = "/".join(["c", str(shard), str(step), *"0" * (array.ndim - 2)])
+        self._files.write(f"{array.path}/{key}", *parts)
 
     def _write_tiles(self, here: slice, rows: Sequence[TileRow]) -> None:
         for name in ROW_TEXT_FIELDS:
@@ -398,6 +405,14 @@ def _spread(items: Sequence[Item], present: Sequence[bool], blank: Item) -> list
     for place, item in zip(np.flatnonzero(present), items, strict=True):
         spread[place] = item
     return spread
+
+
+def _few_tiles(batch: Encoded) -> Iterator[Encoded]:
+    """A batch of encoded tiles in pieces of a few."""
+    count = len(next(iter(next(iter(batch.values())).values())))
+    for start in range(0, count, TILES_AT_ONCE):
+        few = slice(start, start + TILES_AT_ONCE)
+        yield {group: {name: a[few] for name, a in arrays.items()} for group, arrays in batch.items()}
 
 
 def _texts(items: Any) -> NDArray[Any]:

@@ -22,13 +22,24 @@ from embedded_recipe import Recipe
 from embedded_state import Log
 from PIL import Image
 from torch import Tensor
+from train_embedded import Run
 
 from satdifuser.extract.backbone import find_backbone, load_backbone
 from satdifuser.extract.settings import BackboneSettings
 
 TOOL = Path(train_embedded.__file__)
 TINY = Recipe(
-    size=32, channels=(16, 16), heads=(1, 0), batch=4, crop=8, steps=4, vae_steps=2, warmup=1, decay=1
+    size=32,
+    channels=(16, 16),
+    heads=(1, 0),
+    batch=4,
+    vae_batch=4,
+    vae_crop=16,
+    crop=8,
+    steps=4,
+    vae_steps=2,
+    warmup=1,
+    decay=1,
 )
 
 
@@ -52,18 +63,32 @@ def test_command_trains_a_backbone_that_extraction_loads(images: Path, tmp_path:
         "channels": [16, 16],
         "heads": [1, 0],
         "batch": 4,
+        "vae_batch": 4,
+        "vae_channels": 6,
         "crop": 8,
         "steps": 2,
         "vae_steps": 1,
     }
     changes = [f"--set={name}={json.dumps(value)}" for name, value in fields.items()]
-    words = [sys.executable, TOOL, images, "--out", tmp_path / "run", "--threads", 1, *changes]
+    words = [
+        sys.executable,
+        TOOL,
+        images,
+        "--out",
+        tmp_path / "run",
+        "--threads",
+        1,
+        "--snapshots",
+        1,
+        *changes,
+    ]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/backbone-1/unet/config.json").is_file()
     settings = BackboneSettings(model=str(tmp_path / "run/backbone"), device="cpu")
     backbone = load_backbone(find_backbone(settings), settings)
     z = backbone.encode(torch.rand(1, 3, 32, 32), None)
-    assert z.shape == (1, 4, 8, 8)
+    assert z.shape == (1, 6, 8, 8)
     record = json.loads((tmp_path / "run/seen_images.json").read_text())
     assert record["sources"]["images"] == {
         "crops": 6,
@@ -73,10 +98,11 @@ def test_command_trains_a_backbone_that_extraction_loads(images: Path, tmp_path:
 
 def train(images: Path, out: Path, recipe: Recipe = TINY) -> dict[str, Tensor]:
     out.mkdir(exist_ok=True)
-    crops = load_crops([str(images)], recipe.size, recipe.seed)
-    vae = train_embedded.make_vae(crops, recipe, out, None)
-    batches = train_embedded.make_batches(vae, crops, recipe, out)
-    unet = train_embedded.train_unet(batches, recipe, out, None)
+    run = Run(out, checkpoint_every=2)
+    crops = load_crops([str(images)], recipe.size, recipe.seed).pixels
+    vae = train_embedded.make_vae(crops, recipe, run)
+    batches = train_embedded.make_batches(vae, crops, recipe, run)
+    unet = train_embedded.train_unet(batches, recipe, run)
     return dict(unet.state_dict())
 
 
@@ -84,7 +110,6 @@ def test_interrupted_run_ends_with_the_same_weights_and_log(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_embedded, "LOG_EVERY", 1)
-    monkeypatch.setattr(train_embedded, "CHECKPOINT_EVERY", 2)
     whole = train(images, tmp_path / "whole")
 
     advance, calls = train_embedded.advance, []
@@ -104,7 +129,7 @@ def test_interrupted_run_ends_with_the_same_weights_and_log(
         assert torch.equal(tensor, resumed[name]), name
     logs = [
         [
-            {**json.loads(line), "cpu_seconds": 0}
+            {**json.loads(line), "seconds": 0}
             for line in (tmp_path / out / "log.jsonl").read_text().splitlines()
         ]
         for out in ("whole", "parts")

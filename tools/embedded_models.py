@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 STRIDE = 4  # image px per latent px
+CPU = torch.device("cpu")
 
 
 def to_signed(images: Tensor) -> Tensor:
@@ -23,13 +25,13 @@ def to_signed(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def new_vae() -> AutoencoderKL:
+def new_vae(recipe: Recipe) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=recipe.vae_channels,
         norm_num_groups=16,
         sample_size=64,
         mid_block_add_attention=False,
@@ -46,7 +48,7 @@ class PatchSpace(nn.Module):
 
     def __init__(self, images: Tensor, components: int, whitening: float) -> None:
         super().__init__()
-        patches = F.pixel_unshuffle(to_signed(images), STRIDE).movedim(1, -1).flatten(0, -2)
+        patches = F.pixel_unshuffle(to_signed(images.cpu()), STRIDE).movedim(1, -1).flatten(0, -2)
         variance, basis = torch.linalg.eigh(torch.cov(patches.T.double()))
         variance, basis = variance.flip(0)[:components].clamp(min=1e-6), basis.flip(1)[:, :components]
         scale = variance ** (-whitening / 2)
@@ -67,7 +69,7 @@ class PatchSpace(nn.Module):
         return SimpleNamespace(sample=F.pixel_shuffle(patches.movedim(-1, 1), STRIDE))
 
 
-def new_unet(recipe: Recipe) -> UNet2DConditionModel:
+def new_unet(recipe: Recipe, device: torch.device = CPU) -> UNet2DConditionModel:
     """The U-Net at random weights.
 
     Attention by plain products is a third faster on CPUs than PyTorch's fused one, at these sizes.
@@ -85,8 +87,10 @@ def new_unet(recipe: Recipe) -> UNet2DConditionModel:
         attention_head_dim=tuple(max(1, heads) for heads in recipe.heads),  # diffusers: number of heads
         norm_num_groups=16,
     )
-    unet.set_attn_processor(AttnProcessor())
-    return unet
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())
+        return unet
+    return unet.to(device, memory_format=torch.channels_last)
 
 
 def new_scheduler(recipe: Recipe) -> DDIMScheduler:
@@ -118,8 +122,9 @@ def load_matching(model: nn.Module, file: Path) -> list[str]:
 
 def save_backbone(folder: Path, vae: Any, unet: UNet2DConditionModel, recipe: Recipe) -> None:
     """Write the diffusers folder, weights in float16."""
-    vae.half().save_pretrained(folder / "vae")
-    unet.half().save_pretrained(folder / "unet")
+    for name, model in (("vae", vae), ("unet", unet)):
+        plain = deepcopy(model).to(CPU, torch.float16, memory_format=torch.contiguous_format)
+        plain.save_pretrained(folder / name)
     new_scheduler(recipe).save_pretrained(folder / "scheduler")
     save_file({"hidden_states": prompt_embedding(recipe)}, folder / "prompt_embedding.safetensors")
     index = {

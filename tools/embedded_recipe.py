@@ -19,7 +19,10 @@ class Recipe:
         0.0  # patches: power by which their spreads are evened out, 0: not at all, 1: all equal
     )
     size: int = 64  # px, side of the images and crops
+    vae_channels: int = 4  # of the latents that a VAE makes
     vae_steps: int = 1000
+    vae_batch: int = 64
+    vae_crop: int = 32  # px
     vae_lr: float = 1e-3
 
     # The U-Net; finest level first
@@ -40,6 +43,7 @@ class Recipe:
     steps: int = 16_000
     batch: int = 64
     crop: int = 16  # latent px; smaller than the latents: a random window of them
+    turned: bool = True  # flips and quarter turns
     lr: float = 5e-4
     warmup: int = 100
     decay: int = 1_000
@@ -50,7 +54,7 @@ class Recipe:
     @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
-        return 4 if self.latents == "vae" else self.components
+        return self.vae_channels if self.latents == "vae" else self.components
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step."""

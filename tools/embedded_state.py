@@ -24,7 +24,7 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     """Read a checkpoint, or None where there is none."""
     if not path.is_file():
         return None
-    state: dict[str, Any] = torch.load(path, weights_only=True)
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from satdifuser.evaluate.baselines import STRENGTHS
-from satdifuser.evaluate.probes import fit_probes
+from satdifuser.evaluate.probes import Probes, fit_probes
 from satdifuser.extract.backbone import find_backbone, load_backbone
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.layers import select_layers
@@ -51,7 +51,7 @@ def main() -> None:
     train, val = read_split(args.images, "train", args.train), read_split(args.images, "val")
     for model in args.backbones:
         started = time.process_time()
-        extractor = open_extractor(model, args.noising, train.images.shape[-2:])
+        extractor = open_extractor(model, args.noising, train.images.shape[-2:], args.device)
         scores = probe(pool(extractor, train), train, pool(extractor, val), val)
         spent = {"cpu_seconds": round(time.process_time() - started)}
         print(json.dumps({"backbone": model, "noising": args.noising, **scores, **spent}), flush=True)
@@ -65,6 +65,7 @@ def parse_args() -> argparse.Namespace:
         "--train", type=int, default=0, help="use so many train images, seeded choice; 0: all"
     )
     parser.add_argument("--noising", choices=("forward", "inversion"), default="forward")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -82,8 +83,8 @@ def read_split(root: Path, split: str, limit: int = 0) -> Labelled:
     return Labelled([r["path"] for r in rows], images, np.array([classes.index(r["label"]) for r in rows]))
 
 
-def open_extractor(model: str, noising: str, size: Sequence[int]) -> FeatureExtractor:
-    settings = BackboneSettings(model=model, device="cpu")
+def open_extractor(model: str, noising: str, size: Sequence[int], device: str) -> FeatureExtractor:
+    settings = BackboneSettings(model=model, device=device)
     extract = ExtractSettings(noising=noising)
     info = find_backbone(settings)
     layers = select_layers(info.layers((size[0], size[1])), extract.layers)
@@ -96,7 +97,7 @@ def pool(extractor: FeatureExtractor, part: Labelled, batch: int = 32) -> Pooled
     for start in range(0, len(part.names), batch):
         rgb = part.images[start : start + batch].float() / 255
         maps = extractor(rgb, part.names[start : start + batch])  # per layer (B, T, C, H, W)
-        parts.append([m.mean(dim=(3, 4)) for m in maps])
+        parts.append([m.mean(dim=(3, 4)).cpu() for m in maps])
     pooled: Pooled = {}
     for layer, means in zip(extractor.layers, zip(*parts, strict=True), strict=True):
         joined = torch.cat(means).numpy()
@@ -127,8 +128,17 @@ def join(pooled: Pooled) -> Floats:
 
 def accuracy(x: Floats, y: NDArray[np.int64], x_val: Floats, y_val: NDArray[np.int64]) -> float:
     """Best val accuracy over the strengths."""
-    probes = fit_probes("logistic", x, y, int(y.max()) + 1, STRENGTHS)
-    return float((probes.probabilities(x_val).argmax(2) == y_val).mean(axis=1).max())
+    return best_accuracy(fit_all(x, y), x_val, y_val)
+
+
+def fit_all(x: Floats, y: NDArray[np.int64]) -> Probes:
+    """A logistic regression for each strength."""
+    return fit_probes("logistic", x, y, int(y.max()) + 1, STRENGTHS)
+
+
+def best_accuracy(probes: Probes, x: Floats, y: NDArray[np.int64]) -> float:
+    """The best accuracy over the strengths."""
+    return float((probes.probabilities(x).argmax(2) == y).mean(axis=1).max())
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 IMAGES is a folder, a zip, a GeoTIFF or synthetic:N (embedded_images.py). FOLDER/backbone becomes a diffusers
 folder that `backbone.model` takes, FOLDER/seen_images.json lists the hashes of all images used. The run
 checkpoints itself; the same command continues where it stopped, on the same numbers: whatever is random
-depends on the seed and the step alone. `--set steps=20000` changes a field of Recipe (embedded_recipe.py),
-and `steps` may be changed between runs. `--start BACKBONE` begins from the weights of another backbone.
+depends on the seed, the step and the kind of device alone. `--set steps=20000` changes a field of Recipe
+(embedded_recipe.py), and `steps` may be changed between runs. `--start BACKBONE` begins from the weights of
+another backbone. `--snapshots 4000` also keeps FOLDER/backbone-4000, -8000 and so on.
 
 Two models, one after the other, as in Rombach et al. 2022 (arXiv 2112.10752): a VAE (64 x 64 x 3 to
 16 x 16 x 4) on random crops, then a U-Net that predicts the noise in its latents.
@@ -19,16 +20,18 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # Python leaves it out where PYTHONSAFEPATH is set
-from embedded_images import Crops, load_crops
+from embedded_images import load_crops
 from embedded_models import (
+    CPU,
     PatchSpace,
     load_matching,
     new_scheduler,
@@ -41,23 +44,45 @@ from embedded_models import (
 from embedded_recipe import Recipe
 from embedded_state import Log, load_checkpoint, save_checkpoint
 
+from satdifuser.store.device import choose_device
+
 LOG_EVERY = 50
-CHECKPOINT_EVERY = 100
 VIEWS = 8  # flips and quarter turns
 Batches = Callable[[int], Tensor]
 """Step -> clean latents (B, c, h, w)."""
+Prompts = Callable[[int], Tensor]
+"""Step -> what the U-Net is told of the batch's images, (B, 1, width)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how a recipe is trained."""
+
+    out: Path
+    device: torch.device = CPU
+    start: Path | None = None  # a backbone whose weights are the first ones
+    compiled: bool = False
+    checkpoint_every: int = 100  # steps
+    snapshots: int = 0  # steps between the U-Nets that are kept beside the last one; 0: none
 
 
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high")
     args.out.mkdir(parents=True, exist_ok=True)
     recipe = args.recipe
+    device = choose_device(args.device, "--device")
+    run = Run(args.out, device, args.start, args.compile, args.checkpoint_every, args.snapshots)
     crops = load_crops(args.images, recipe.size, recipe.seed)
     crops.save_record(args.out / "seen_images.json")
-    vae = make_vae(crops, recipe, args.out, args.start)
-    batches = make_batches(vae, crops, recipe, args.out)
-    unet = train_unet(batches, recipe, args.out, args.start, args.compile)
+    images = crops.pixels.to(device)
+    vae = make_vae(images, recipe, run)
+
+    def keep(unet: Any, step: int) -> None:
+        save_backbone(args.out / f"backbone-{step}", vae, unet, recipe)
+
+    unet = train_unet(make_batches(vae, images, recipe, run), recipe, run, keep=keep)
     save_backbone(args.out / "backbone", vae, unet, recipe)
 
 
@@ -67,7 +92,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="checkpoints, log and finished backbone")
     parser.add_argument("--start", type=Path, help="a backbone's folder whose weights are the first ones")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler")
+    parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--snapshots", type=int, default=0, metavar="STEPS")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     try:
@@ -96,8 +124,8 @@ def change(recipe: Recipe, changes: list[str]) -> Recipe:
     return recipe
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+def step_generator(seed: int, step: int, device: torch.device = CPU) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
 
 
 def advance(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -110,118 +138,140 @@ def advance(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, lr
     optimizer.step()
 
 
-def make_vae(crops: Crops, recipe: Recipe, out: Path, start: Path | None) -> Any:
+def new_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, device: torch.device
+) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=device.type != "cpu")
+
+
+def make_vae(images: Tensor, recipe: Recipe, run: Run) -> Any:
     """What turns images into latents and back: learned here, taken from another backbone, or fixed."""
     if recipe.latents == "patches":
-        return PatchSpace(crops.pixels[:2000], recipe.components, recipe.whitening)
-    if start is None:
-        return train_vae(crops.pixels, recipe, out)
-    vae = type(new_vae()).from_pretrained(start / "vae", torch_dtype=torch.float32)
-    return vae.eval().requires_grad_(False)
+        return PatchSpace(images[:2000], recipe.components, recipe.whitening).to(run.device)
+    if run.start is None:
+        return train_vae(images, recipe, run)
+    vae = type(new_vae(recipe)).from_pretrained(run.start / "vae", torch_dtype=torch.float32)
+    return vae.to(run.device).eval().requires_grad_(False)
 
 
-def train_vae(images: Tensor, recipe: Recipe, out: Path) -> Any:
-    """Fit the autoencoder on half-size crops: L1 plus a slight KL pull (1e-6)."""
+def train_vae(images: Tensor, recipe: Recipe, run: Run) -> Any:
+    """Fit the autoencoder on crops: L1 plus a slight KL pull (1e-6)."""
     torch.manual_seed(recipe.seed)
-    vae = new_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_lr, weight_decay=0.0)
-    state = load_checkpoint(out / "vae.pt") or {"step": 0}
+    vae = new_vae(recipe).to(run.device)
+    optimizer = new_optimizer(vae, recipe.vae_lr, 0.0, run.device)
+    state = load_checkpoint(run.out / "vae.pt") or {"step": 0}
     if state["step"]:
         vae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    log, schedule = (
-        Log(out / "log.jsonl", "vae", state["step"]),
-        replace(recipe, steps=recipe.vae_steps, lr=recipe.vae_lr),
-    )
+    log = Log(run.out / "log.jsonl", "vae", state["step"])
+    schedule = replace(recipe, steps=recipe.vae_steps, lr=recipe.vae_lr)
     for step in range(state["step"], recipe.vae_steps):
-        generator = step_generator(recipe.seed, step)
-        x = to_signed(random_window(images, recipe.batch, recipe.size // 2, generator))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        generator = step_generator(recipe.seed, step, run.device)
+        x = to_signed(random_window(images, recipe, generator, step))
+        with torch.autocast(run.device.type, dtype=torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             reconstruction = vae.decode(posterior.sample(generator)).sample
         l1 = (reconstruction.float() - x).abs().mean()
         advance(l1 + 1e-6 * posterior.kl().float().mean(), vae, optimizer, schedule.learning_rate(step))
         if (step + 1) % LOG_EVERY == 0:
             log.write(step + 1, l1=l1.item())
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.vae_steps:
+        if (step + 1) % run.checkpoint_every == 0 or step + 1 == recipe.vae_steps:
             state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            save_checkpoint(out / "vae.pt", state)
+            save_checkpoint(run.out / "vae.pt", state)
     with torch.no_grad():
         z = torch.cat([vae.encode(to_signed(x)).latent_dist.mode() for x in images[:1024].split(128)])
     vae.register_to_config(scaling_factor=1 / z.std().item())
     return vae.eval().requires_grad_(False)
 
 
-def random_window(images: Tensor, count: int, side: int, generator: torch.Generator) -> Tensor:
-    """One window of `count` images drawn at random, (count, C, side, side)."""
-    chosen = torch.randint(len(images), (count,), generator=generator)
-    top, left = torch.randint(images.shape[-1] - side + 1, (2,), generator=generator).tolist()
+def random_window(images: Tensor, recipe: Recipe, generator: torch.Generator, step: int) -> Tensor:
+    """One window of images drawn at random, (vae_batch, C, vae_crop, vae_crop)."""
+    chosen = torch.randint(len(images), (recipe.vae_batch,), generator=generator, device=images.device)
+    side = recipe.vae_crop
+    top, left = random_corner(images.shape[-1] - side, recipe, step)
     return images[chosen, :, top : top + side, left : left + side]
 
 
-def make_batches(vae: Any, crops: Crops, recipe: Recipe, out: Path) -> Batches:
+def random_corner(most: int, recipe: Recipe, step: int) -> tuple[int, int]:
+    """Row and column from 0 to `most` where a step's windows begin."""
+    row, column = np.random.default_rng((recipe.seed, step)).integers(most + 1, size=2)
+    return int(row), int(column)
+
+
+def draw_images(recipe: Recipe, count: int, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of `count` images a step sees (B,), and which view of each (B,)."""
+    generator = step_generator(recipe.seed + 1, step, device)
+    chosen = torch.randint(count, (recipe.batch,), generator=generator, device=device)
+    view = torch.randint(VIEWS, (recipe.batch,), generator=generator, device=device)
+    return chosen, view if recipe.turned else torch.zeros_like(view)
+
+
+def make_batches(vae: Any, images: Tensor, recipe: Recipe, run: Run) -> Batches:
     """Latents of random crops, each flipped and turned at random."""
     side = recipe.size // 4
 
     def draw(step: int) -> Tensor:
-        generator = step_generator(recipe.seed + 1, step)
-        chosen = torch.randint(count, (recipe.batch,), generator=generator)
-        view = torch.randint(VIEWS, (recipe.batch,), generator=generator)
-        top, left = torch.randint(side - recipe.crop + 1, (2,), generator=generator).tolist()
+        chosen, view = draw_images(recipe, len(images), step, images.device)
+        top, left = random_corner(side - recipe.crop, recipe, step)
         return look_up(chosen, view)[:, :, top : top + recipe.crop, left : left + recipe.crop]
 
-    count = len(crops.pixels)
     if recipe.latents == "vae":
-        latents = encode_views(vae, crops.pixels, out)
+        latents = encode_views(vae, images, run)
 
         def look_up(chosen: Tensor, view: Tensor) -> Tensor:
             return latents[chosen, view].float()
     else:
 
         def look_up(chosen: Tensor, view: Tensor) -> Tensor:
-            turned = [turn(crops.pixels[i], int(v)) for i, v in zip(chosen, view, strict=True)]
-            return vae.encode(to_signed(torch.stack(turned))).latent_dist.mode()
+            picked = images[chosen]
+            turned = torch.stack([turn(picked, v) for v in range(VIEWS)])
+            return vae.encode(to_signed(turned[view, torch.arange(len(view))])).latent_dist.mode()
 
     return draw
 
 
-def turn(image: Tensor, view: int) -> Tensor:
+def turn(images: Tensor, view: int) -> Tensor:
     """One of the eight flips and quarter turns of (…, H, W)."""
-    return torch.rot90(image.flip(-1) if view >= 4 else image, view % 4, (-2, -1))
+    return torch.rot90(images.flip(-1) if view >= 4 else images, view % 4, (-2, -1))
 
 
 @torch.no_grad()
-def encode_views(vae: Any, images: Tensor, out: Path) -> Tensor:
-    """Encode every image in its eight views, once: (N, 8, 4, h, w) float16, scaled to unit variance."""
-    path = out / "latents.pt"
-    state = load_checkpoint(path)
-    if state is None:
-        views = []
-        for view in range(VIEWS):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                encoded = [vae.encode(turn(to_signed(x), view)).latent_dist.mode() for x in images.split(128)]
-            views.append((torch.cat(encoded).float() * vae.config.scaling_factor).half())
-        state = {"latents": torch.stack(views, 1)}
-        save_checkpoint(path, state)
-    return state["latents"]
+def encode_views(vae: Any, images: Tensor, run: Run) -> Tensor:
+    """Encode every image in its eight views, once: (N, 8, c, h, w) float16, scaled to unit variance.
+
+    They are kept in a file, but for those that a GPU made, which makes them anew in seconds.
+    """
+    kept = run.out / "latents.pt"
+    state = load_checkpoint(kept)
+    if state is not None:
+        return state["latents"]
+    views = []
+    for view in range(VIEWS):
+        with torch.autocast(run.device.type, dtype=torch.bfloat16):
+            encoded = [vae.encode(turn(to_signed(x), view)).latent_dist.mode() for x in images.split(128)]
+        views.append((torch.cat(encoded).float() * vae.config.scaling_factor).half())
+    latents = torch.stack(views, 1)
+    if run.device.type == "cpu":
+        save_checkpoint(kept, {"latents": latents})
+    return latents
 
 
 def draw_timesteps(recipe: Recipe, generator: torch.Generator) -> Tensor:
     """A share uniform below `low_noise`, the others uniform over the schedule; (B,) int64."""
-    low = torch.rand(recipe.batch, generator=generator) < recipe.low_noise_share
+    device = generator.device
+    low = torch.rand(recipe.batch, generator=generator, device=device) < recipe.low_noise_share
     limit = torch.where(low, recipe.low_noise, 1000)
-    return (torch.rand(recipe.batch, generator=generator) * limit).long()
+    return (torch.rand(recipe.batch, generator=generator, device=device) * limit).long()
 
 
-def denoising_loss(unet: Any, z: Tensor, alphas: Tensor, recipe: Recipe, step: int) -> Tensor:
+def denoising_loss(unet: Any, z: Tensor, alphas: Tensor, prompt: Tensor, recipe: Recipe, step: int) -> Tensor:
     """Weighted mean squared error of the U-Net's prediction at random noise levels."""
-    generator = step_generator(recipe.seed + 2, step)
-    noise = torch.randn(z.shape, generator=generator)
+    generator = step_generator(recipe.seed + 2, step, z.device)
+    noise = torch.randn(z.shape, generator=generator, device=z.device)
     t = draw_timesteps(recipe, generator)
     a = alphas[t].view(-1, 1, 1, 1)
     target = noise if recipe.prediction == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z
-    prompt = prompt_embedding(recipe).expand(len(z), -1, -1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(z.device.type, dtype=torch.bfloat16):
         predicted = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, prompt).sample
     error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
     return (error * loss_weights(a.flatten(), recipe)).mean()
@@ -235,41 +285,56 @@ def loss_weights(a: Tensor, recipe: Recipe) -> Tensor:
     return snr.clamp(max=recipe.min_snr) / (snr + (recipe.prediction == "v_prediction"))
 
 
+def neutral(recipe: Recipe, device: torch.device) -> Prompts:
+    """The same prompt for every image."""
+    prompt = prompt_embedding(recipe).to(device).expand(recipe.batch, -1, -1)
+    return lambda step: prompt
+
+
 def train_unet(
-    batches: Batches, recipe: Recipe, out: Path, start: Path | None, compiled: bool = False
+    batches: Batches,
+    recipe: Recipe,
+    run: Run,
+    prompts: Prompts | None = None,
+    keep: Callable[[Any, int], None] | None = None,
 ) -> Any:
     """Fit the U-Net with AdamW; the returned weights are an exponential moving average."""
     torch.manual_seed(recipe.seed)
-    unet = new_unet(recipe)
-    fresh = load_matching(unet, start / "unet/diffusion_pytorch_model.safetensors") if start else []
+    unet = new_unet(recipe, run.device)
+    fresh = load_matching(unet, run.start / "unet/diffusion_pytorch_model.safetensors") if run.start else []
     average = torch.optim.swa_utils.AveragedModel(
         unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average)
     )
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    state = load_checkpoint(out / "unet.pt") or {"step": 0, "cpu_seconds": 0.0}
+    optimizer = new_optimizer(unet, recipe.lr, recipe.weight_decay, run.device)
+    state = load_checkpoint(run.out / "unet.pt") or {"step": 0, "seconds": 0.0}
     if state["step"]:
         unet.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-    elif start:
-        print(f"started from {start}; at random values: {', '.join(fresh) or 'none'}", flush=True)
-    before, started = state["cpu_seconds"], time.process_time()
-    log, alphas = Log(out / "log.jsonl", "unet", state["step"]), new_scheduler(recipe).alphas_cumprod
-    forward = torch.compile(unet) if compiled else unet
-    recent: list[float] = []
+    elif run.start:
+        print(f"started from {run.start}; at random values: {', '.join(fresh) or 'none'}", flush=True)
+    clock = time.process_time if run.device.type == "cpu" else time.perf_counter
+    before, started = state["seconds"], clock()
+    log = Log(run.out / "log.jsonl", "unet", state["step"])
+    alphas = new_scheduler(recipe).alphas_cumprod.to(run.device)
+    prompts = prompts or neutral(recipe, run.device)
+    forward = torch.compile(unet) if run.compiled else unet
+    recent: list[Tensor] = []
     for step in range(state["step"], recipe.steps):
-        loss = denoising_loss(forward, batches(step), alphas, recipe, step)
+        loss = denoising_loss(forward, batches(step), alphas, prompts(step), recipe, step)
         advance(loss, unet, optimizer, recipe.learning_rate(step))
         average.update_parameters(unet)
-        recent.append(loss.item())
-        spent = before + time.process_time() - started
+        recent.append(loss.detach())
         if (step + 1) % LOG_EVERY == 0:
-            log.write(step + 1, loss=sum(recent) / len(recent), cpu_seconds=round(spent, 1))
+            mean = torch.stack(recent).mean().item()  # waits for the device
+            log.write(step + 1, loss=mean, seconds=round(before + clock() - started, 1))
             recent.clear()
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == recipe.steps:
+        if (step + 1) % run.checkpoint_every == 0 or step + 1 == recipe.steps:
             state = {"model": unet.state_dict(), "average": average.state_dict(), "step": step + 1}
-            state |= {"optimizer": optimizer.state_dict(), "cpu_seconds": spent}
-            save_checkpoint(out / "unet.pt", state)
+            state |= {"optimizer": optimizer.state_dict(), "seconds": before + clock() - started}
+            save_checkpoint(run.out / "unet.pt", state)
+        if keep and run.snapshots and (step + 1) % run.snapshots == 0:
+            keep(average.module, step + 1)
     return average.module.eval()
 
 

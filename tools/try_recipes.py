@@ -1,75 +1,90 @@
-"""Short training runs of several recipes at equal CPU time, each judged by linear probes of its features.
+"""Short training runs of several recipes at equal cost, each judged by linear probes of its features.
 
-    python tools/try_recipes.py IMAGES [IMAGES …] --probe EUROSAT --out FOLDER --minutes 8 [--only NAME …]
+    python tools/try_recipes.py IMAGES [IMAGES …] --probe EUROSAT --out FOLDER --steps 400 [--only NAME …]
 
-Each trial of TRIALS trains for so many CPU-minutes on one thread, then its features are probed as in
-`probe_backbone.py`: 1,000 train images to fit, val and the other train images to judge. One line of JSON
-each goes to FOLDER/trials.jsonl. Interrupted, it goes on at the last checkpoint.
+Each trial of TRIALS trains for what --steps steps of the default recipe cost, counted in floating-point
+operations; then its features are probed as in `probe_backbone.py`: 1,000 train images to fit, val and the
+other train images to judge. One line of JSON each goes to FOLDER/trials.jsonl. Interrupted, it goes on at
+the last checkpoint. On a GPU, several of these commands (`--only`) side by side fill it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-import time
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))  # Python leaves it out where PYTHONSAFEPATH is set
 from embedded_images import load_crops
 from embedded_models import new_scheduler, new_unet, prompt_embedding
 from embedded_recipe import Recipe
-from probe_backbone import accuracy, join, pool, read_split
-from train_embedded import advance, denoising_loss, make_batches, make_vae, train_unet
+from probe_backbone import best_accuracy, fit_all, join, pool, read_split
+from train_embedded import (
+    Prompts,
+    Run,
+    denoising_loss,
+    draw_images,
+    make_batches,
+    make_vae,
+    neutral,
+    step_generator,
+    train_unet,
+)
 
 from satdifuser.extract.backbone import Backbone, BackboneInfo
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.layers import select_layers
 from satdifuser.extract.settings import ExtractSettings
+from satdifuser.store.device import choose_device
 
 TRAIN = 1000
-WARM = {"lr": 2e-4, "warmup": 50}
+DROPPED = 0.2  # share of captions that are replaced by the neutral prompt
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A recipe by what differs from the default, and where its weights begin."""
+    """A recipe by what differs from the default."""
 
     changes: dict[str, Any] = field(default_factory=dict)
-    start: bool = False  # from the weights given by --start
     mixed: bool = False  # also on the images given by --mixed
+    new_vae: bool = False  # trains a VAE of its own; the others share that of --start
+    captions: bool = False  # told the class by the file's name; a trial only: what ships has seen no labels
 
 
-PATCHES = {"latents": "patches", "components": 12, "whitening": 0.5}
 TRIALS = {
-    "continued": Trial(WARM, start=True),
-    "continued, 12 components": Trial(PATCHES | {"warmup": 50}, start=True),
-    "continued, 48 components": Trial(PATCHES | {"components": 48, "whitening": 0.0} | WARM, start=True),
-    "continued, less noise": Trial(WARM | {"beta_start": 0.0001}, start=True),
-    "continued, mixed ground resolutions": Trial(WARM, start=True, mixed=True),
-    "VAE": Trial(),
-    "12 components": Trial(PATCHES),
-    "12 components, v-prediction": Trial(PATCHES | {"prediction": "v_prediction"}),
-    "12 components, min-SNR": Trial(PATCHES | {"min_snr": 5.0}),
-    "12 components, nine tenths below 300": Trial(PATCHES | {"low_noise_share": 0.9}),
-    "12 components, 256 crops of 32 px": Trial(PATCHES | {"batch": 256, "crop": 8}),
-    "12 components, narrow and deep": Trial(
-        PATCHES | {"channels": (32, 64, 96), "heads": (1, 2, 3), "layers_per_block": 2}
-    ),
-    "12 components, wide": Trial(PATCHES | {"channels": (64, 128, 160), "heads": (2, 4, 5)}),
-    "12 components, attention at coarser levels": Trial(PATCHES | {"heads": (0, 3, 4)}),
-    "12 components, mixed ground resolutions": Trial(PATCHES, mixed=True),
+    "default": Trial(),
+    "VAE of 8 channels": Trial({"vae_channels": 8}, new_vae=True),
+    "VAE of 4 channels, trained longer": Trial(new_vae=True),
+    "patches, 12 components": Trial({"latents": "patches", "components": 12, "whitening": 0.5}),
+    "patches, all 48 components": Trial({"latents": "patches", "components": 48}),
+    "v-prediction": Trial({"prediction": "v_prediction"}),
+    "min-SNR": Trial({"min_snr": 5.0}),
+    "nine tenths below t = 300": Trial({"low_noise_share": 0.9}),
+    "mixed ground resolutions": Trial(mixed=True),
+    "four times as many crops of 32 px": Trial({"batch_factor": 4, "crop": 8}),
+    "no flips and turns": Trial({"turned": False}),
+    "no moving average": Trial({"average": 0.0}),
+    "attention at coarser levels": Trial({"heads": (0, 3, 4)}),
+    "wide": Trial({"channels": (64, 128, 160), "heads": (2, 4, 5)}),
+    "narrow and deep": Trial({"channels": (32, 64, 96), "heads": (1, 2, 3), "layers_per_block": 2}),
+    "twice the learning rate": Trial({"lr": 1e-3}),
+    "captions": Trial(captions=True),
 }
 
 
 def main() -> None:
     args = parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high")
     results = args.out / "trials.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     done = (
@@ -77,7 +92,7 @@ def main() -> None:
     )
     for name in args.only or TRIALS:
         if name not in done:
-            row = {"trial": name, **run_trial(TRIALS[name], args.out / name.replace(" ", "_"), args)}
+            row = {"trial": name, **run_trial(TRIALS[name], args.out / re.sub(r"\W+", "_", name), args)}
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(row, flush=True)
@@ -91,63 +106,93 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--probe", type=Path, required=True, metavar="EUROSAT")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, required=True, help="backbone whose VAE all trials share")
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--start", type=Path, required=True, help="backbone whose VAE most trials share")
+    parser.add_argument("--steps", type=int, default=400, help="of the default recipe, that all may cost")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--vae-steps", type=int, default=1000)
     parser.add_argument("--only", nargs="*", choices=list(TRIALS))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 
 def run_trial(trial: Trial, out: Path, args: argparse.Namespace) -> dict[str, object]:
     out.mkdir(parents=True, exist_ok=True)
-    recipe = replace(Recipe(), **trial.changes)
+    recipe = make_recipe(trial, args)
+    run = Run(out, choose_device(args.device, "--device"), None if trial.new_vae else args.start)
     crops = load_crops([*args.images, *(args.mixed if trial.mixed else [])], recipe.size, recipe.seed)
-    vae = make_vae(crops, recipe, out, args.start)
-    shared = out if trial.mixed or recipe.latents == "patches" else args.out  # where latents are kept
-    batches = make_batches(vae, crops, recipe, shared)
-    recipe = fix_steps(recipe, batches, out / "steps.json", 60 * args.minutes)
-    unet = train_unet(batches, recipe, out, args.start if trial.start else None)
-    return {"steps": recipe.steps, **judge(vae, unet, recipe, args.probe)}
+    images = crops.pixels.to(run.device)
+    vae = make_vae(images, recipe, run)
+    prompts = captions(args.images, recipe, run) if trial.captions else neutral(recipe, run.device)
+    unet = train_unet(make_batches(vae, images, recipe, run), recipe, replace(run, start=None), prompts)
+    return {"steps": recipe.steps, "batch": recipe.batch, **judge(vae, unet, recipe, args.probe, run)}
 
 
-def fix_steps(recipe: Recipe, batches: Any, path: Path, seconds: float) -> Recipe:
-    """As many steps as fit into the time, by a trial of a few; decided once."""
-    if not path.is_file():
-        unet, alphas = new_unet(recipe), new_scheduler(recipe).alphas_cumprod
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=recipe.lr)
-        times = []
-        for step in range(6):
-            started = time.process_time()
-            advance(denoising_loss(unet, batches(step), alphas, recipe, step), unet, optimizer, recipe.lr)
-            times.append(time.process_time() - started)
-        path.write_text(json.dumps(int(seconds / np.median(times[1:]))))
-    steps = json.loads(path.read_text())
-    return replace(recipe, steps=steps, decay=steps // 3, average=1 - 10 / steps)
+def make_recipe(trial: Trial, args: argparse.Namespace) -> Recipe:
+    """The trial's recipe, with as many steps as the budget pays."""
+    changes = dict(trial.changes)
+    batch = args.batch * changes.pop("batch_factor", 1)
+    default = Recipe(batch=args.batch)
+    recipe = replace(default, vae_steps=args.vae_steps, batch=batch, **changes)
+    steps = round(args.steps * count_operations(default) / count_operations(recipe))
+    average = recipe.average and max(0.0, 1 - 10 / steps)
+    return replace(recipe, steps=steps, decay=max(1, steps // 3), average=average)
 
 
-def judge(vae: Any, unet: Any, recipe: Recipe, eurosat: Path) -> dict[str, object]:
+def count_operations(recipe: Recipe) -> int:
+    """Floating-point operations of one step on the U-Net."""
+    few = replace(recipe, batch=2)
+    z = torch.zeros(2, few.latent_channels, few.crop, few.crop)
+    unet, alphas = new_unet(few), new_scheduler(few).alphas_cumprod
+    with FlopCounterMode(display=False) as counter:
+        denoising_loss(unet, z, alphas, neutral(few, z.device)(0), few, 0).backward()
+    return counter.get_total_flops() * recipe.batch // 2
+
+
+def captions(images: list[str], recipe: Recipe, run: Run) -> Prompts:
+    """One fixed token for each class, told with most images: those of one zip, named NUMBER_CLASS.jpg."""
+    with zipfile.ZipFile(images[0]) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
+    classes = [Path(name).stem.partition("_")[2] for name in names]
+    positions = torch.tensor([sorted(set(classes)).index(name) + 1 for name in classes], device=run.device)
+    tokens = torch.randn(max(positions) + 1, 1, recipe.prompt_width, generator=step_generator(0, 1))
+    tokens[0] = prompt_embedding(recipe)[0]
+    tokens = tokens.to(run.device)
+
+    def tell(step: int) -> torch.Tensor:
+        chosen, _ = draw_images(recipe, len(classes), step, run.device)
+        generator = step_generator(recipe.seed + 3, step, run.device)
+        told = torch.rand(recipe.batch, generator=generator, device=run.device) >= DROPPED
+        return tokens[positions[chosen] * told]
+
+    return tell
+
+
+def judge(vae: Any, unet: Any, recipe: Recipe, eurosat: Path, run: Run) -> dict[str, object]:
     """Accuracy on val, and on val with the unused train images, of best single and concatenation."""
     train, val = read_split(eurosat, "train"), read_split(eurosat, "val")
-    extractor = open_extractor(vae, unet, recipe)
+    extractor = open_extractor(vae, unet, recipe, run.device)
     seen, held_out = pool(extractor, train), pool(extractor, val)
     fit = np.zeros(len(train.labels), bool)
     fit[np.random.default_rng(0).permutation(len(fit))[:TRAIN]] = True
     more = {key: np.concatenate([held_out[key], seen[key][~fit]]) for key in seen}
     labels = np.concatenate([val.labels, train.labels[~fit]])
     seen = {key: values[fit] for key, values in seen.items()}
+    probes = {key: fit_all(values, train.labels[fit]) for key, values in seen.items()}
+    together = fit_all(join(seen), train.labels[fit])
     scores: dict[str, object] = {}
     for name, x, y in (("val", held_out, val.labels), ("held_out", more, labels)):
-        singles = {key: accuracy(seen[key], train.labels[fit], x[key], y) for key in seen}
+        singles = {key: best_accuracy(probes[key], x[key], y) for key in probes}
         best = max(singles, key=lambda key: singles[key])
-        together = accuracy(join(seen), train.labels[fit], join(x), y)
         scores |= {
             f"{name}_single": singles[best],
             f"{name}_at": list(best),
-            f"{name}_concatenation": together,
+            f"{name}_concatenation": best_accuracy(together, join(x), y),
         }
     return scores
 
 
-def open_extractor(vae: Any, unet: Any, recipe: Recipe) -> FeatureExtractor:
+def open_extractor(vae: Any, unet: Any, recipe: Recipe, device: torch.device) -> FeatureExtractor:
     scheduler = new_scheduler(recipe)
     vae_config = {"block_out_channels": (0, 0, 0), "latent_channels": recipe.latent_channels}
     info = BackboneInfo("trial", Path(), Path(), dict(unet.config), vae_config, scheduler)
@@ -155,11 +200,11 @@ def open_extractor(vae: Any, unet: Any, recipe: Recipe) -> FeatureExtractor:
         info=info,
         unet=unet,
         vae=vae,
-        prompt=prompt_embedding(recipe),
+        prompt=prompt_embedding(recipe).to(device),
         negative=None,
         alphas=scheduler.alphas_cumprod.double(),
         weights_digest="",
-        device=torch.device("cpu"),
+        device=device,
         dtype=torch.float32,
     )
     extract = ExtractSettings()
