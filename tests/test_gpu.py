@@ -35,7 +35,7 @@ def make_job(device: str = "cuda", dtype: str = "float32", **settings: Any) -> J
 
 def values(store: FeatureStore) -> np.ndarray:
     """All features side by side, (tile, value)."""
-    arrays = [store.root[f"features/{group}/values"][:] for group in sorted(store.groups)]
+    arrays = [store._root[f"features/{group}/values"][:] for group in sorted(store.groups)]
     return np.concatenate([array.reshape(len(array), -1) for array in arrays], axis=1)
 
 

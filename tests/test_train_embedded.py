@@ -20,6 +20,7 @@ from embedded_images import cut_crops, hash_pixels, load_crops
 from embedded_models import PatchSpace, load_matching, new_unet
 from embedded_recipe import Recipe
 from embedded_state import Log
+from embedded_step import Optimizer
 from PIL import Image
 from torch import Tensor
 from train_embedded import Run
@@ -112,16 +113,16 @@ def test_interrupted_run_ends_with_the_same_weights_and_log(
     monkeypatch.setattr(train_embedded, "LOG_EVERY", 1)
     whole = train(images, tmp_path / "whole")
 
-    advance, calls = train_embedded.advance, []
+    advance, calls = Optimizer.advance, []
 
-    def interrupted(*args: object) -> None:
-        calls.append(args)
+    def interrupted(self: Optimizer, loss: Tensor) -> None:
+        calls.append(loss)
         if len(calls) == TINY.vae_steps + 4:  # the U-Net's step 4; step 3 is logged, but after the checkpoint
             raise KeyboardInterrupt
-        advance(*args)
+        advance(self, loss)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_embedded, "advance", interrupted)
+        patch.setattr(Optimizer, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(images, tmp_path / "parts")
     resumed = train(images, tmp_path / "parts")

@@ -20,18 +20,20 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # Python leaves it out where PYTHONSAFEPATH is set
 from embedded_images import load_crops
 from embedded_models import (
     CPU,
+    STRIDE,
     PatchSpace,
     load_matching,
     new_scheduler,
@@ -43,6 +45,7 @@ from embedded_models import (
 )
 from embedded_recipe import Recipe
 from embedded_state import Log, load_checkpoint, save_checkpoint
+from embedded_step import Optimizer, Step
 
 from satdifuser.store.device import choose_device
 
@@ -128,22 +131,6 @@ def step_generator(seed: int, step: int, device: torch.device = CPU) -> torch.Ge
     return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
 
 
-def advance(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """One step of the optimizer."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-
-
-def new_optimizer(
-    model: nn.Module, lr: float, weight_decay: float, device: torch.device
-) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=device.type != "cpu")
-
-
 def make_vae(images: Tensor, recipe: Recipe, run: Run) -> Any:
     """What turns images into latents and back: learned here, taken from another backbone, or fixed."""
     if recipe.latents == "patches":
@@ -158,25 +145,34 @@ def train_vae(images: Tensor, recipe: Recipe, run: Run) -> Any:
     """Fit the autoencoder on crops: L1 plus a slight KL pull (1e-6)."""
     torch.manual_seed(recipe.seed)
     vae = new_vae(recipe).to(run.device)
-    optimizer = new_optimizer(vae, recipe.vae_lr, 0.0, run.device)
+    optimizer = Optimizer(vae, recipe.vae_lr, 0.0, run.device)
     state = load_checkpoint(run.out / "vae.pt") or {"step": 0}
     if state["step"]:
         vae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     log = Log(run.out / "log.jsonl", "vae", state["step"])
     schedule = replace(recipe, steps=recipe.vae_steps, lr=recipe.vae_lr)
+
+    def function(x: Tensor, noise: Tensor) -> Tensor:
+        with torch.autocast(run.device.type, dtype=torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample
+        l1 = (reconstruction.float() - x).abs().mean()
+        optimizer.advance(l1 + 1e-6 * posterior.kl().float().mean())
+        return l1
+
+    one_step, side = Step(function, run.device), recipe.vae_crop // STRIDE
     for step in range(state["step"], recipe.vae_steps):
         generator = step_generator(recipe.seed, step, run.device)
         x = to_signed(random_window(images, recipe, generator, step))
-        with torch.autocast(run.device.type, dtype=torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            reconstruction = vae.decode(posterior.sample(generator)).sample
-        l1 = (reconstruction.float() - x).abs().mean()
-        advance(l1 + 1e-6 * posterior.kl().float().mean(), vae, optimizer, schedule.learning_rate(step))
+        shape = recipe.vae_batch, recipe.vae_channels, side, side
+        noise = torch.randn(shape, generator=generator, device=run.device)
+        optimizer.set_rate(schedule.learning_rate(step))
+        l1 = one_step(x, noise)
         if (step + 1) % LOG_EVERY == 0:
             log.write(step + 1, l1=l1.item())
         if (step + 1) % run.checkpoint_every == 0 or step + 1 == recipe.vae_steps:
-            state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            state = {"model": vae.state_dict(), "optimizer": optimizer.adam.state_dict(), "step": step + 1}
             save_checkpoint(run.out / "vae.pt", state)
     with torch.no_grad():
         z = torch.cat([vae.encode(to_signed(x)).latent_dist.mode() for x in images[:1024].split(128)])
@@ -264,17 +260,25 @@ def draw_timesteps(recipe: Recipe, generator: torch.Generator) -> Tensor:
     return (torch.rand(recipe.batch, generator=generator, device=device) * limit).long()
 
 
-def denoising_loss(unet: Any, z: Tensor, alphas: Tensor, prompt: Tensor, recipe: Recipe, step: int) -> Tensor:
-    """Weighted mean squared error of the U-Net's prediction at random noise levels."""
+def denoising_loss(unet: Any, alphas: Tensor, recipe: Recipe) -> Callable[..., Tensor]:
+    """Weighted mean squared error of the U-Net's prediction, a function of what a step draws."""
+
+    def loss(z: Tensor, noise: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        a = alphas[t].view(-1, 1, 1, 1)
+        target = noise if recipe.prediction == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z
+        with torch.autocast(z.device.type, dtype=torch.bfloat16):
+            predicted = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, prompt).sample
+        error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
+        return (error * loss_weights(a.flatten(), recipe)).mean()
+
+    return loss
+
+
+def draw_noise(z: Tensor, recipe: Recipe, step: int) -> tuple[Tensor, Tensor]:
+    """A step's noise, of the shape of its latents, and noise levels (B,)."""
     generator = step_generator(recipe.seed + 2, step, z.device)
     noise = torch.randn(z.shape, generator=generator, device=z.device)
-    t = draw_timesteps(recipe, generator)
-    a = alphas[t].view(-1, 1, 1, 1)
-    target = noise if recipe.prediction == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z
-    with torch.autocast(z.device.type, dtype=torch.bfloat16):
-        predicted = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, prompt).sample
-    error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
-    return (error * loss_weights(a.flatten(), recipe)).mean()
+    return noise, draw_timesteps(recipe, generator)
 
 
 def loss_weights(a: Tensor, recipe: Recipe) -> Tensor:
@@ -302,10 +306,8 @@ def train_unet(
     torch.manual_seed(recipe.seed)
     unet = new_unet(recipe, run.device)
     fresh = load_matching(unet, run.start / "unet/diffusion_pytorch_model.safetensors") if run.start else []
-    average = torch.optim.swa_utils.AveragedModel(
-        unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average)
-    )
-    optimizer = new_optimizer(unet, recipe.lr, recipe.weight_decay, run.device)
+    average = deepcopy(unet)
+    optimizer = Optimizer(unet, recipe.lr, recipe.weight_decay, run.device)
     state = load_checkpoint(run.out / "unet.pt") or {"step": 0, "seconds": 0.0}
     if state["step"]:
         unet.load_state_dict(state["model"])
@@ -318,24 +320,32 @@ def train_unet(
     log = Log(run.out / "log.jsonl", "unet", state["step"])
     alphas = new_scheduler(recipe).alphas_cumprod.to(run.device)
     prompts = prompts or neutral(recipe, run.device)
-    forward = torch.compile(unet) if run.compiled else unet
+    loss_of = denoising_loss(torch.compile(unet) if run.compiled else unet, alphas, recipe)
+    mix = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average)
+
+    def function(*drawn: Tensor) -> Tensor:
+        loss = loss_of(*drawn)
+        optimizer.advance(loss)
+        mix(list(average.parameters()), list(unet.parameters()), 0)
+        return loss
+
+    one_step = Step(function, run.device)
     recent: list[Tensor] = []
     for step in range(state["step"], recipe.steps):
-        loss = denoising_loss(forward, batches(step), alphas, prompts(step), recipe, step)
-        advance(loss, unet, optimizer, recipe.learning_rate(step))
-        average.update_parameters(unet)
-        recent.append(loss.detach())
+        z = batches(step)
+        optimizer.set_rate(recipe.learning_rate(step))
+        recent.append(one_step(z, *draw_noise(z, recipe, step), prompts(step)).clone())
         if (step + 1) % LOG_EVERY == 0:
             mean = torch.stack(recent).mean().item()  # waits for the device
             log.write(step + 1, loss=mean, seconds=round(before + clock() - started, 1))
             recent.clear()
         if (step + 1) % run.checkpoint_every == 0 or step + 1 == recipe.steps:
             state = {"model": unet.state_dict(), "average": average.state_dict(), "step": step + 1}
-            state |= {"optimizer": optimizer.state_dict(), "seconds": before + clock() - started}
+            state |= {"optimizer": optimizer.adam.state_dict(), "seconds": before + clock() - started}
             save_checkpoint(run.out / "unet.pt", state)
         if keep and run.snapshots and (step + 1) % run.snapshots == 0:
-            keep(average.module, step + 1)
-    return average.module.eval()
+            keep(average, step + 1)
+    return average.eval()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from train_embedded import (
     Run,
     denoising_loss,
     draw_images,
+    draw_noise,
     make_batches,
     make_vae,
     neutral,
@@ -60,10 +61,11 @@ class Trial:
     captions: bool = False  # told the class by the file's name; a trial only: what ships has seen no labels
 
 
+LONGER = {"vae_batch": 128, "vae_crop": 64}
 TRIALS = {
     "default": Trial(),
-    "VAE of 8 channels": Trial({"vae_channels": 8}, new_vae=True),
-    "VAE of 4 channels, trained longer": Trial(new_vae=True),
+    "VAE of 8 channels": Trial(LONGER | {"vae_channels": 8}, new_vae=True),
+    "VAE of 4 channels, trained longer": Trial(LONGER, new_vae=True),
     "patches, 12 components": Trial({"latents": "patches", "components": 12, "whitening": 0.5}),
     "patches, all 48 components": Trial({"latents": "patches", "components": 48}),
     "v-prediction": Trial({"prediction": "v_prediction"}),
@@ -143,9 +145,9 @@ def count_operations(recipe: Recipe) -> int:
     """Floating-point operations of one step on the U-Net."""
     few = replace(recipe, batch=2)
     z = torch.zeros(2, few.latent_channels, few.crop, few.crop)
-    unet, alphas = new_unet(few), new_scheduler(few).alphas_cumprod
+    loss = denoising_loss(new_unet(few), new_scheduler(few).alphas_cumprod, few)
     with FlopCounterMode(display=False) as counter:
-        denoising_loss(unet, z, alphas, neutral(few, z.device)(0), few, 0).backward()
+        loss(z, *draw_noise(z, few, 0), neutral(few, z.device)(0)).backward()
     return counter.get_total_flops() * recipe.batch // 2
 
 
