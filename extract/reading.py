@@ -25,7 +25,7 @@ from satdifuser.extract.job import Job
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.store.writer import TileRow
 
-MOST_THREADS = 8
+MOST_THREADS = 4  # more read no faster: they wait for the interpreter and for each other
 TILES_AT_ONCE = 4  # of one task: neighbours are often cut from one image
 LABEL_TYPES = {"classification": np.int32, "multilabel": np.uint8}
 

@@ -232,6 +232,7 @@ class StoreWriter:
             remove_orphans(path)
         self._files = DurableStore(path)
         self._root = zarr.open_group(self._files, mode="r+")
+        self._arrays: dict[str, Any] = {}
         self.attributes = self._store.attributes
 
     def __enter__(self) -> StoreWriter:
@@ -394,9 +395,11 @@ class StoreWriter:
         self._files.sync_folders()
 
     def _array(self, name: str) -> Any:
-        """An array that writes chunks of mere fill values too: a file that is not there is damage."""
-        array: Any = self._root[name]
-        return array.with_config({"write_empty_chunks": True})
+        """An array, opened once, that writes chunks of mere fill values too: a missing file is damage."""
+        if name not in self._arrays:
+            array: Any = self._root[name]
+            self._arrays[name] = array.with_config({"write_empty_chunks": True})
+        return self._arrays[name]
 
 
 def _spread(items: Sequence[Item], present: Sequence[bool], blank: Item) -> list[Item]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,15 @@ Event = tuple[str, Path, Any]  # what, where below the root, bytes or the new na
 
 
 class Recorder:
-    """Takes the place of what changes names, and of fsync; ``events`` lists in order what was done."""
+    """Takes the place of what changes names, and of fsync; ``events`` lists in order what was done.
+
+    One thread at a time does something and notes it, so that several do not note in another order.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.events: list[Event] = []
+        self._alone = threading.Lock()
 
     def note(self, what: str, path: Path, detail: Any = None) -> None:
         if path.is_relative_to(self.root):
@@ -40,22 +45,25 @@ class Recorder:
 
     def fsync(self, descriptor: int) -> None:
         path = place_of(descriptor)
-        self.note_bytes(path)
-        self.note("sync", path)
+        with self._alone:
+            self.note_bytes(path)
+            self.note("sync", path)
 
     def renaming(self, do: Callable[..., None]) -> Callable[[Any, Any], None]:
         def noted(old: Any, new: Any) -> None:
-            self.note_bytes(Path(old))
-            do(old, new)
-            self.note("rename", Path(old), Path(new).relative_to(self.root))
+            with self._alone:
+                self.note_bytes(Path(old))
+                do(old, new)
+                self.note("rename", Path(old), Path(new).relative_to(self.root))
 
         return noted
 
     def noting(self, do: Callable[..., None]) -> Callable[..., None]:
         def noted(path: Any, *rest: Any, dir_fd: int | None = None) -> None:
             above = Path() if dir_fd is None else place_of(dir_fd)
-            do(path, *rest, dir_fd=dir_fd)
-            self.note(do.__name__, above / path)
+            with self._alone:
+                do(path, *rest, dir_fd=dir_fd)
+                self.note(do.__name__, above / path)
 
         return noted
 
