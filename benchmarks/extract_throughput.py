@@ -1,7 +1,7 @@
 """What extraction costs beyond the U-Net, and what extracting once saves.
 
     python benchmarks/extract_throughput.py [--size small] [--batch 4] [--tiles 24] [--rounds 5]
-    python benchmarks/extract_throughput.py --size sd21 --device cuda --dtype float16 --batch auto --tiles 506
+    python benchmarks/extract_throughput.py --size sd21 --device cuda --dtype float16 --batch auto --tiles 460
 
 `--root /dev/shm` keeps images and stores in memory, so that the disk's share can be told.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ class Background:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._waiting = waiting
         self._handed: deque[Future[Any]] = deque()
-        self._failed = False
+        self._error: BaseException | None = None
 
     def hand(self, task: Callable[[], Result]) -> Future[Result]:
         """Begin a task as soon as those before are done; return where its result will be.
@@ -44,12 +44,12 @@ class Background:
         return future
 
     def _run(self, task: Callable[[], Result]) -> Result:
-        if self._failed:  # after this task was handed over
-            raise CancelledError
+        if self._error is not None:  # of a task before, since this one was handed over
+            raise self._error
         try:
             return task()
-        except BaseException:
-            self._failed = True
+        except BaseException as error:
+            self._error = error
             raise
 
     def check(self) -> None:
@@ -69,6 +69,6 @@ class Background:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown()  # an interrupted run still commits the shard under way
+        self._pool.shutdown()  # an interrupted run still commits the shards that were handed over
         if kind is None:
             self.wait()

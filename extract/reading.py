@@ -6,7 +6,6 @@ What the store keeps of an image beside its features (colours, digest, preview, 
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,9 +22,10 @@ from satdifuser.extract.changes import file_state
 from satdifuser.extract.images import Prepared, colour_statistics, preview, resize, to_rgb
 from satdifuser.extract.job import Job
 from satdifuser.extract.sources.tile import Source, TileRecord
+from satdifuser.store.device import cores
 from satdifuser.store.writer import TileRow
 
-MOST_THREADS = 4  # more read no faster: they wait for the interpreter and for each other
+MOST_THREADS = 4  # of local files; more of them wait for the interpreter and for each other
 TILES_AT_ONCE = 4  # of one task: neighbours are often cut from one image
 LABEL_TYPES = {"classification": np.int32, "multilabel": np.uint8}
 
@@ -87,7 +87,7 @@ def read_threads(job: Job, source: Source) -> int:
     if not source.thread_safe:
         return 1
     asked = job.settings.read_threads
-    return min(MOST_THREADS, os.cpu_count() or 1) if asked == "auto" else asked
+    return min(MOST_THREADS, cores()) if asked == "auto" else asked
 
 
 def _one_core() -> None:

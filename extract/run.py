@@ -129,7 +129,7 @@ def planned_attributes(plan: Plan, job: Job, loaded: LoadedModel, overwrite: boo
 def _fill(
     work: Work, source: Source, records: Sequence[TileRecord], writer: StoreWriter, missing: Sequence[int]
 ) -> None:
-    """Compute some shards; each is written while the next one is computed."""
+    """Compute some shards; each is written while the next ones are computed."""
     tell_what_is_there(writer)
     ranges = {shard: writer.attributes.shard_range(shard) for shard in missing}
     todo = [record for start, stop in ranges.values() for record in records[start:stop]]

@@ -7,7 +7,6 @@ of any other worker. Two shards may be under way: one is written while the backb
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.sources import Source, open_source
 from satdifuser.extract.sources.tile import TileRecord
 from satdifuser.extract.value_range import ValueRange
-from satdifuser.store.device import choose_device
+from satdifuser.store.device import choose_device, cores
 from satdifuser.store.schema import LayerInfo
 from satdifuser.store.writer import StoreWriter
 
@@ -117,8 +116,7 @@ def worker_name() -> str:
 def survey(versions: dict[str, str], asked: str) -> Machine:
     """Say what this worker runs on, for a device that is asked for or ``auto``."""
     check_versions(versions)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(choose_device(asked, "backbone.device").type, cores)
+    return Machine(choose_device(asked, "backbone.device").type, cores())
 
 
 def prepare(order: Order, first: TileRecord) -> tuple[int, LoadedModel]:

@@ -48,14 +48,11 @@ class DurableStore(LocalStore):
         if self._failure is not None:
             raise self._failure
         try:
-            write_durably(self.root / key, *parts)
+            digest = write_durably(self.root / key, *parts)
         except OSError as error:
             self._failure = error
             raise
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part)
-        self.written[key] = (sum(len(part) for part in parts), digest.hexdigest())
+        self.written[key] = (sum(len(part) for part in parts), digest)
 
     def adopt(self, key: str, file: Path, size: int, digest: str) -> None:
         """Take a file of another store over as it is, and remember it.
@@ -88,19 +85,20 @@ class DurableStore(LocalStore):
             sync_folder(folder)
 
 
-def write_durably(path: Path, *parts: Part, digest: hashlib._Hash | None = None) -> None:
-    """Write a file of some parts so that its name only ever shows the whole content; hash them if asked."""
+def write_durably(path: Path, *parts: Part) -> str:
+    """Write a file of some parts so that its name only ever shows the whole content; its SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         with partial.open("wb", buffering=BUFFER_BYTES) as file:
             for part in parts:
                 file.write(part)
-                if digest:
-                    digest.update(part)  # while the part is in the cache
+                digest.update(part)  # while the part is in the processor's cache
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        return digest.hexdigest()
     except OSError as error:  # Python names no file where a write fails
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from satdifuser.errors import SettingsError, StoreError
 from satdifuser.store.card import store_card
+from satdifuser.store.device import cores
 from satdifuser.store.encoding import FORMS, Floats, tile_digests
 from satdifuser.store.files import (
     CARD,
@@ -47,7 +47,7 @@ from satdifuser.store.shard_file import pack_shard
 
 Item = TypeVar("Item")
 Encoded = dict[str, dict[str, NDArray[np.generic]]]  # group to array name to (B, ...)
-WRITE_THREADS = min(8, os.cpu_count() or 1)  # of one shard's files, and of its tiles' digests
+WRITE_THREADS = min(8, cores())  # of one shard's files, and of its tiles' digests
 TILES_AT_ONCE = 4  # that one thread hashes
 CREATION_SECONDS = 60.0  # that another process may take to create a store
 NAN4, NAN6 = (float("nan"),) * 4, (float("nan"),) * 6

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,27 @@ def test_as_many_tasks_wait_as_may() -> None:
         thread.hand(partial(task, 2))
         assert time.monotonic() - before > 0.03
     assert seen == [0, 1, 2]
+
+
+def test_an_error_is_not_overlooked_for_those_it_causes() -> None:
+    """The first task fails after it was looked at, so that the second one is looked at next."""
+    release = threading.Event()
+
+    def fail_late() -> None:
+        release.wait(10)
+        fail()
+
+    def hand_both() -> Future[bool]:
+        with Background("write", waiting=1) as thread:
+            thread.hand(fail_late)
+            second = thread.hand(bool)
+            release.set()
+            assert isinstance(second.exception(10), OSError)
+            thread.check()
+            return second
+
+    with pytest.raises(OSError, match="full"):
+        hand_both()
 
 
 def test_a_task_that_waits_behind_one_that_fails_is_not_begun() -> None:
@@ -314,8 +336,13 @@ def test_no_more_than_three_shards_are_held(
 
         return watched
 
+    def blocked_write(self: StoreWriter, *shard: Any) -> int:
+        while len(counts) < 5:  # whatever the disk does, two shards and a batch are computed
+            time.sleep(0.001)
+        return slow_write(self, *shard)
+
     monkeypatch.setattr(compute, "_send", watch)
-    monkeypatch.setattr(StoreWriter, "write_shard", slow_write)
+    monkeypatch.setattr(StoreWriter, "write_shard", blocked_write)
     extract(make_job(folder), tmp_path / "s.zarr")
     assert len(counts) == 7
     assert 5 <= max(counts) <= 6  # two batches a shard: that is more than two shards, and at most three

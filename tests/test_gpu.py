@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 import torch
 from command_line import succeed
 
+from satdifuser.errors import BackboneError
 from satdifuser.extract.job import Job
 from satdifuser.extract.run import extract
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, SyntheticSettings
-from satdifuser.store.reader import FeatureStore
+from satdifuser.store.reader import FeatureStore, open_store
 from satdifuser.store.settings import StoreSettings
 from satdifuser.store.verify import verify
 
@@ -78,21 +80,39 @@ def test_the_largest_batch_is_found(tmp_path: Path) -> None:
     assert store.attributes.feature_identity["batch_size"] == 8  # a whole shard fits
 
 
-def test_memory_that_runs_out_splits_a_batch(tmp_path: Path, on_cpu: FeatureStore) -> None:
-    extract(make_job(batch_size=1), tmp_path / "one.zarr")  # what the device needs at any rate
-    needed, total = torch.cuda.memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+def peak_memory(job: Job, out: Path) -> int:
+    """Bytes that an extraction takes of the GPU, with what torch keeps for the next allocation."""
+    gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(1.5 * needed / total)
+    torch.cuda.reset_peak_memory_stats()
+    extract(job, out)
+    return torch.cuda.max_memory_reserved()
+
+
+def test_memory_that_runs_out_splits_a_batch(tmp_path: Path) -> None:
+    jobs = {batch: make_job(batch_size=batch, image_size=256) for batch in (1, 8)}
+    little, much = (peak_memory(job, tmp_path / f"{batch}.zarr") for batch, job in jobs.items())
+    if much < 1.2 * little:
+        pytest.skip(f"a batch of 8 takes {much} bytes, one of 1 {little}: no limit tells them apart")
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((little + much) / 2 / total)
     try:
-        store = extract(make_job(batch_size=8), tmp_path / "s.zarr")
+        store = extract(jobs[8], tmp_path / "limited.zarr")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert max(record.get("batches_split", 0) for record in store.commits) > 0
-    assert difference(values(store), values(on_cpu)) < 1e-4
+    assert difference(values(store), values(open_store(tmp_path / "8.zarr"))) < 1e-4
 
 
 def test_the_compiled_network_has_the_same_features(tmp_path: Path, on_cpu: FeatureStore) -> None:
-    store = extract(make_job(compile=True), tmp_path / "s.zarr")
+    try:
+        store = extract(make_job(compile=True), tmp_path / "s.zarr")
+    except BackboneError as error:
+        if "cannot be compiled here" not in str(error):
+            raise
+        pytest.skip("needs a C compiler, for Triton")
     assert difference(values(store), values(on_cpu)) < 1e-3
 
 

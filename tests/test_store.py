@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -450,24 +452,46 @@ def test_a_failed_write_leaves_committed_shards_whole(
     code: int,
     text: str,
 ) -> None:
-    write, done = files.write_durably, []
+    write, number = files.write_durably, itertools.count()  # which several threads may ask
 
-    def fail(path: Path, *parts: Any) -> None:
-        done.append(path)
-        if len(done) - 1 == writes or (writes == "commit" and "commits" in path.parts):
+    def fail(path: Path, *parts: Any) -> str:
+        if next(number) == writes or (writes == "commit" and "commits" in path.parts):
             raise OSError(code, "Permission denied")
-        write(path, *parts)
+        return write(path, *parts)
 
     writer = open_or_create(partial.path, attributes(), overwrite=False)
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_durably", fail)
         with pytest.raises(StoreError, match=text):
             fill(writer, [1])
+    assert list(Path(partial.path).rglob("*.partial")) == []
     store = open_store(partial.path)
     assert store.missing_shards() == [1, 2]
     assert verify(store, deep=True) == ["shard 1: not committed", "shard 2: not committed"]
     fill(open_or_create(partial.path, attributes(), overwrite=False))
     assert open_store(partial.path).content_digest() == whole.content_digest()
+
+
+def test_when_a_write_has_failed_no_other_one_is_under_way(
+    partial: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file fails at once, the others are slow; the error is that of the first."""
+    write, number, under_way = files.write_durably, itertools.count(), set[Path]()
+
+    def fail(path: Path, *parts: Any) -> str:
+        if next(number) == 1:
+            raise OSError(errno.ENOSPC, "full")
+        under_way.add(path)
+        time.sleep(0.05)
+        written = write(path, *parts)
+        under_way.remove(path)
+        return written
+
+    writer = open_or_create(partial.path, attributes(), overwrite=False)
+    monkeypatch.setattr(files, "write_durably", fail)
+    with pytest.raises(StoreError, match="shard 1: the disk is full"):
+        fill(writer, [1])
+    assert under_way == set()
 
 
 def test_data_is_synced_before_the_record_that_vouches_for_it(

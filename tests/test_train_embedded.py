@@ -19,8 +19,8 @@ import train_embedded
 from embedded_images import cut_crops, hash_pixels, load_crops
 from embedded_models import PatchSpace, load_matching, new_unet
 from embedded_recipe import Recipe
-from embedded_state import Log
-from embedded_step import Optimizer
+from embedded_state import Log, load_checkpoint
+from embedded_step import Optimizer, Step
 from PIL import Image
 from torch import Tensor
 from train_embedded import Run
@@ -97,21 +97,28 @@ def test_command_trains_a_backbone_that_extraction_loads(images: Path, tmp_path:
     }
 
 
-def train(images: Path, out: Path, recipe: Recipe = TINY) -> dict[str, Tensor]:
+def train(images: Path, out: Path, recipe: Recipe = TINY, device: str = "cpu") -> dict[str, Tensor]:
     out.mkdir(exist_ok=True)
-    run = Run(out, checkpoint_every=2)
-    crops = load_crops([str(images)], recipe.size, recipe.seed).pixels
+    run = Run(out, torch.device(device), checkpoint_every=2)
+    crops = load_crops([str(images)], recipe.size, recipe.seed).pixels.to(device)
     vae = train_embedded.make_vae(crops, recipe, run)
     batches = train_embedded.make_batches(vae, crops, recipe, run)
     unet = train_embedded.train_unet(batches, recipe, run)
     return dict(unet.state_dict())
 
 
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_interrupted_run_ends_with_the_same_weights_and_log(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     monkeypatch.setattr(train_embedded, "LOG_EVERY", 1)
-    whole = train(images, tmp_path / "whole")
+    whole = train(images, tmp_path / "whole", device=device)
 
     advance, calls = Optimizer.advance, []
 
@@ -124,8 +131,8 @@ def test_interrupted_run_ends_with_the_same_weights_and_log(
     with monkeypatch.context() as patch:
         patch.setattr(Optimizer, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train(images, tmp_path / "parts")
-    resumed = train(images, tmp_path / "parts")
+            train(images, tmp_path / "parts", device=device)
+    resumed = train(images, tmp_path / "parts", device=device)
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
     logs = [
@@ -137,6 +144,48 @@ def test_interrupted_run_ends_with_the_same_weights_and_log(
     ]
     assert logs[0] == logs[1]
     assert [row["step"] for row in logs[0]] == [1, 2, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_does_what_its_rate_says_also_when_it_is_replayed(device: str) -> None:
+    """With no gradient but its sign, Adam's first steps are as long as the rate."""
+    model = torch.nn.Linear(1, 1, bias=False).to(device)
+    optimizer = Optimizer(model, 1.0, 0.0, torch.device(device))
+
+    def function(x: Tensor) -> Tensor:
+        loss = model(x).sum()
+        optimizer.advance(loss)
+        return loss
+
+    step, x = Step(function, torch.device(device)), torch.ones(1, 1, device=device)
+    for rate in (0.5, 0.25, 0.125, 1.0, 2.0, 4.0):
+        before = model.weight.item()
+        optimizer.set_rate(rate)
+        loss = step(x)
+        assert loss.item() == pytest.approx(before, abs=1e-5)
+        assert before - model.weight.item() == pytest.approx(rate, rel=1e-4)
+
+
+def test_a_run_begun_on_another_kind_of_device_is_refused(images: Path, tmp_path: Path) -> None:
+    train(images, tmp_path / "run")
+    with pytest.raises(SystemExit, match=r"vae\.pt: was begun on cpu; .* or choose another --out"):
+        load_checkpoint(tmp_path / "run/vae.pt", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("vae_crop=65", "vae_crop is 65, but must be a multiple of 4 up to the size, 64"),
+        ("crop=17", "crop is 17, but must be 1 to 16, the side of the latents"),
+    ],
+)
+def test_windows_that_do_not_fit_are_refused(
+    change: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_embedded.py", "x", "--out", "y", "--set", change])
+    with pytest.raises(SystemExit):
+        train_embedded.parse_args()
+    assert message in capsys.readouterr().err
 
 
 def test_more_steps_go_on_from_the_checkpoint(images: Path, tmp_path: Path) -> None:

@@ -10,21 +10,24 @@ from typing import Any
 import torch
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replace a checkpoint in one step."""
+def save_checkpoint(path: Path, state: dict[str, Any], device: torch.device) -> None:
+    """Replace a checkpoint in one step; it says on what kind of device it was made."""
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
-        torch.save(state, file)
+        torch.save(state | {"device": device.type}, file)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """Read a checkpoint, or None where there is none."""
+def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """Read a checkpoint, or None where there is none; other kinds of device draw other random numbers."""
     if not path.is_file():
         return None
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    begun = state.get("device", "an earlier form of this tool")
+    if begun != device.type:
+        raise SystemExit(f"{path}: was begun on {begun}; go on there, or choose another --out")
     return state
 
 

@@ -105,11 +105,22 @@ def parse_args() -> argparse.Namespace:
         args.recipe = change(Recipe(), args.changes)
     except ValueError as error:
         parser.error(str(error))
-    if args.recipe.latents == "patches":
-        parser.error(
-            "--set latents=patches: extraction reads no such backbone yet; try_recipes.py trains one"
-        )
+    if problem := find_problem(args.recipe):
+        parser.error(problem)
     return args
+
+
+def find_problem(recipe: Recipe) -> str:
+    """What is wrong with a recipe; "" where nothing is."""
+    if recipe.latents == "patches":
+        return "--set latents=patches: extraction reads no such backbone yet; try_recipes.py trains one"
+    if recipe.vae_crop % STRIDE or not 0 < recipe.vae_crop <= recipe.size:
+        limit = f"a multiple of {STRIDE} up to the size, {recipe.size}"
+        return f"--set vae_crop: vae_crop is {recipe.vae_crop}, but must be {limit}"
+    side = recipe.size // STRIDE
+    if not 1 <= recipe.crop <= side:
+        return f"--set crop: crop is {recipe.crop}, but must be 1 to {side}, the side of the latents"
+    return ""
 
 
 def change(recipe: Recipe, changes: list[str]) -> Recipe:
@@ -146,7 +157,7 @@ def train_vae(images: Tensor, recipe: Recipe, run: Run) -> Any:
     torch.manual_seed(recipe.seed)
     vae = new_vae(recipe).to(run.device)
     optimizer = Optimizer(vae, recipe.vae_lr, 0.0, run.device)
-    state = load_checkpoint(run.out / "vae.pt") or {"step": 0}
+    state = load_checkpoint(run.out / "vae.pt", run.device) or {"step": 0}
     if state["step"]:
         vae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -173,7 +184,7 @@ def train_vae(images: Tensor, recipe: Recipe, run: Run) -> Any:
             log.write(step + 1, l1=l1.item())
         if (step + 1) % run.checkpoint_every == 0 or step + 1 == recipe.vae_steps:
             state = {"model": vae.state_dict(), "optimizer": optimizer.adam.state_dict(), "step": step + 1}
-            save_checkpoint(run.out / "vae.pt", state)
+            save_checkpoint(run.out / "vae.pt", state, run.device)
     with torch.no_grad():
         z = torch.cat([vae.encode(to_signed(x)).latent_dist.mode() for x in images[:1024].split(128)])
     vae.register_to_config(scaling_factor=1 / z.std().item())
@@ -204,7 +215,7 @@ def draw_images(recipe: Recipe, count: int, step: int, device: torch.device) -> 
 
 def make_batches(vae: Any, images: Tensor, recipe: Recipe, run: Run) -> Batches:
     """Latents of random crops, each flipped and turned at random."""
-    side = recipe.size // 4
+    side = recipe.size // STRIDE
 
     def draw(step: int) -> Tensor:
         chosen, view = draw_images(recipe, len(images), step, images.device)
@@ -238,7 +249,7 @@ def encode_views(vae: Any, images: Tensor, run: Run) -> Tensor:
     They are kept in a file, but for those that a GPU made, which makes them anew in seconds.
     """
     kept = run.out / "latents.pt"
-    state = load_checkpoint(kept)
+    state = load_checkpoint(kept, run.device)
     if state is not None:
         return state["latents"]
     views = []
@@ -248,7 +259,7 @@ def encode_views(vae: Any, images: Tensor, run: Run) -> Tensor:
         views.append((torch.cat(encoded).float() * vae.config.scaling_factor).half())
     latents = torch.stack(views, 1)
     if run.device.type == "cpu":
-        save_checkpoint(kept, {"latents": latents})
+        save_checkpoint(kept, {"latents": latents}, run.device)
     return latents
 
 
@@ -308,7 +319,7 @@ def train_unet(
     fresh = load_matching(unet, run.start / "unet/diffusion_pytorch_model.safetensors") if run.start else []
     average = deepcopy(unet)
     optimizer = Optimizer(unet, recipe.lr, recipe.weight_decay, run.device)
-    state = load_checkpoint(run.out / "unet.pt") or {"step": 0, "seconds": 0.0}
+    state = load_checkpoint(run.out / "unet.pt", run.device) or {"step": 0, "seconds": 0.0}
     if state["step"]:
         unet.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
@@ -342,7 +353,7 @@ def train_unet(
         if (step + 1) % run.checkpoint_every == 0 or step + 1 == recipe.steps:
             state = {"model": unet.state_dict(), "average": average.state_dict(), "step": step + 1}
             state |= {"optimizer": optimizer.adam.state_dict(), "seconds": before + clock() - started}
-            save_checkpoint(run.out / "unet.pt", state)
+            save_checkpoint(run.out / "unet.pt", state, run.device)
         if keep and run.snapshots and (step + 1) % run.snapshots == 0:
             keep(average, step + 1)
     return average.eval()
