@@ -17,6 +17,7 @@ round warms up and is not counted.
     epochs, anew for each of three fusions: (i) U-Net passes, by counting; (ii) wall time with extraction,
     reading and the training of the fusions counted on both sides.
 (c) Where the time of an extraction goes, each part by itself.
+(d) How fast images are read, if nothing else is done.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from satdifuser.extract.compute import Work, compute_shard
 from satdifuser.extract.job import Job
 from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import Plan, make_plan
-from satdifuser.extract.reading import read_ahead
+from satdifuser.extract.reading import ReadTile, read_ahead
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, FolderSettings
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.fuse.data import MapLoader
@@ -89,8 +90,9 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", default="auto")
+    parser.add_argument("--readers", default="auto", help="threads that read images")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--parts", default="abc", help="which of a, b and c")
+    parser.add_argument("--parts", default="abc", help="which of a, b, c and d")
     parser.add_argument("--root", type=Path, help="where images and stores lie meanwhile")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.root) as folder:
@@ -105,6 +107,8 @@ def main() -> None:
             bench.against_the_reference()
         if "c" in args.parts:
             bench.profile()
+        if "d" in args.parts:
+            bench.reading()
 
 
 def make_backbone(folder: Path, size: Size) -> None:
@@ -157,6 +161,7 @@ class Bench:
     def planned(self, noising: str) -> Plan:
         batch = self.args.batch if self.args.batch == "auto" else int(self.args.batch)
         threads = self.args.threads if self.args.threads == "auto" else int(self.args.threads)
+        readers = self.args.readers if self.args.readers == "auto" else int(self.args.readers)
         job = Job(
             FolderSettings.model_validate({"kind": "folder", "root": self.root / "images"}),
             BackboneSettings(
@@ -167,6 +172,7 @@ class Bench:
                     "noising": noising,
                     "batch_size": batch,
                     "threads": threads,
+                    "read_threads": readers,
                     "compile": self.args.compile,
                 }
             ),
@@ -315,6 +321,10 @@ class Bench:
             loss(network(maps)[0], targets, 255).backward()
             optimizer.step()
 
+    def read_images(self) -> list[ReadTile]:
+        """All tiles, as they are read ahead of the backbone."""
+        return list(read_ahead(self.work.job, self.plan.source, self.plan.image_size, self.plan.records))
+
     # --- (c)
 
     @torch.no_grad()
@@ -324,7 +334,7 @@ class Bench:
         found: list[Any] = []
 
         def read() -> None:
-            found[:] = read_ahead(job, self.plan.source, self.plan.image_size, self.plan.records)
+            found[:] = self.read_images()
 
         def batches() -> Any:
             return (found[start : start + size] for start in range(0, self.tiles, size))
@@ -351,6 +361,13 @@ class Bench:
         print("(c) seconds a tile; what is negative was saved by leaving the U-Net early, or overlaps")
         for name, seconds in {**parts, "extraction": whole}.items():
             print(f"    {name:44} {seconds:8.4f}  {seconds / whole:6.1%}")
+
+    # --- (d)
+
+    def reading(self) -> None:
+        self.read_images()
+        rates = [1 / self.timed(self.read_images) for _ in range(self.args.rounds)]
+        print(f"(d) {statistics.median(rates):.0f} tiles/s are read ({min(rates):.0f} to {max(rates):.0f})")
 
 
 class GpuWatch:

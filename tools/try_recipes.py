@@ -3,9 +3,9 @@
     python tools/try_recipes.py IMAGES [IMAGES …] --probe EUROSAT --out FOLDER --steps 400 [--only NAME …]
 
 Each trial of TRIALS trains for what --steps steps of the default recipe cost, counted in floating-point
-operations of the U-Net; then its features are probed as in `probe_backbone.py`: 1,000 train images to fit, val and the
-other train images to judge. One line of JSON each goes to FOLDER/trials.jsonl. Interrupted, it goes on at
-the last checkpoint. On a GPU, several of these commands (`--only`) side by side fill it.
+operations of the U-Net; then its features are probed as in `probe_backbone.py`: 1,000 train images to fit,
+val and the other train images to judge. One line of JSON each goes to FOLDER/trials.jsonl. Interrupted, it
+goes on at the last checkpoint. On a GPU, several of these commands (`--only`) side by side fill it.
 """
 
 from __future__ import annotations
