@@ -185,8 +185,13 @@ def train_vae(images: Tensor, recipe: Recipe, run: Run) -> Any:
         if (step + 1) % run.checkpoint_every == 0 or step + 1 == recipe.vae_steps:
             state = {"model": vae.state_dict(), "optimizer": optimizer.adam.state_dict(), "step": step + 1}
             save_checkpoint(run.out / "vae.pt", state, run.device)
-    with torch.no_grad():
-        z = torch.cat([vae.encode(to_signed(x)).latent_dist.mode() for x in images[:1024].split(128)])
+    return scaled(vae, images[:1024])
+
+
+@torch.no_grad()
+def scaled(vae: Any, images: Tensor) -> Any:
+    """The finished autoencoder, which brings latents of such images to unit variance; frozen."""
+    z = torch.cat([vae.encode(to_signed(x)).latent_dist.mode() for x in images.split(128)])
     vae.register_to_config(scaling_factor=1 / z.std().item())
     return vae.eval().requires_grad_(False)
 
@@ -306,6 +311,62 @@ def neutral(recipe: Recipe, device: torch.device) -> Prompts:
     return lambda step: prompt
 
 
+class UNetTraining:
+    """The U-Net in training: its weights, their moving average, the optimizer, and the time spent.
+
+    ``step`` is the first step that is not done yet, ``average`` what training is for.
+    """
+
+    def __init__(self, recipe: Recipe, run: Run) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.run, self.step = recipe, run, 0
+        self.unet = new_unet(recipe, run.device)
+        weights = run.start and run.start / "unet/diffusion_pytorch_model.safetensors"
+        fresh = load_matching(self.unet, weights) if weights else []
+        self.average = deepcopy(self.unet)
+        self.optimizer = Optimizer(self.unet, recipe.lr, recipe.weight_decay, run.device)
+        self._clock = time.process_time if run.device.type == "cpu" else time.perf_counter
+        self._began = self._clock()
+        state = load_checkpoint(run.out / "unet.pt", run.device)
+        if state:
+            self._restore(state)
+        elif run.start:
+            print(f"started from {run.start}; at random values: {', '.join(fresh) or 'none'}", flush=True)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.unet.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self._began -= state["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """CPU-seconds on a CPU, else wall time, of this run and those it goes on with."""
+        return self._clock() - self._began
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint after so many steps."""
+        state = {"model": self.unet.state_dict(), "average": self.average.state_dict(), "step": step}
+        state |= {"optimizer": self.optimizer.adam.state_dict(), "seconds": self.seconds}
+        save_checkpoint(self.run.out / "unet.pt", state, self.run.device)
+
+    def new_step(self) -> Step:
+        """What does a step with what is drawn for it: latents, noise, timesteps and prompts."""
+        alphas = new_scheduler(self.recipe).alphas_cumprod.to(self.run.device)
+        forward = torch.compile(self.unet) if self.run.compiled else self.unet
+        loss_of = denoising_loss(forward, alphas, self.recipe)
+        mix = torch.optim.swa_utils.get_ema_multi_avg_fn(self.recipe.average)
+
+        def function(*drawn: Tensor) -> Tensor:
+            loss = loss_of(*drawn)
+            self.optimizer.advance(loss)
+            mix(list(self.average.parameters()), list(self.unet.parameters()), 0)
+            return loss
+
+        return Step(function, self.run.device)
+
+
 def train_unet(
     batches: Batches,
     recipe: Recipe,
@@ -314,49 +375,22 @@ def train_unet(
     keep: Callable[[Any, int], None] | None = None,
 ) -> Any:
     """Fit the U-Net with AdamW; the returned weights are an exponential moving average."""
-    torch.manual_seed(recipe.seed)
-    unet = new_unet(recipe, run.device)
-    fresh = load_matching(unet, run.start / "unet/diffusion_pytorch_model.safetensors") if run.start else []
-    average = deepcopy(unet)
-    optimizer = Optimizer(unet, recipe.lr, recipe.weight_decay, run.device)
-    state = load_checkpoint(run.out / "unet.pt", run.device) or {"step": 0, "seconds": 0.0}
-    if state["step"]:
-        unet.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-    elif run.start:
-        print(f"started from {run.start}; at random values: {', '.join(fresh) or 'none'}", flush=True)
-    clock = time.process_time if run.device.type == "cpu" else time.perf_counter
-    before, started = state["seconds"], clock()
-    log = Log(run.out / "log.jsonl", "unet", state["step"])
-    alphas = new_scheduler(recipe).alphas_cumprod.to(run.device)
-    prompts = prompts or neutral(recipe, run.device)
-    loss_of = denoising_loss(torch.compile(unet) if run.compiled else unet, alphas, recipe)
-    mix = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average)
-
-    def function(*drawn: Tensor) -> Tensor:
-        loss = loss_of(*drawn)
-        optimizer.advance(loss)
-        mix(list(average.parameters()), list(unet.parameters()), 0)
-        return loss
-
-    one_step = Step(function, run.device)
+    training, prompts = UNetTraining(recipe, run), prompts or neutral(recipe, run.device)
+    log, one_step = Log(run.out / "log.jsonl", "unet", training.step), training.new_step()
     recent: list[Tensor] = []
-    for step in range(state["step"], recipe.steps):
-        z = batches(step)
-        optimizer.set_rate(recipe.learning_rate(step))
+    for step in range(training.step, recipe.steps):
+        z, done = batches(step), step + 1
+        training.optimizer.set_rate(recipe.learning_rate(step))
         recent.append(one_step(z, *draw_noise(z, recipe, step), prompts(step)).clone())
-        if (step + 1) % LOG_EVERY == 0:
+        if done % LOG_EVERY == 0:
             mean = torch.stack(recent).mean().item()  # waits for the device
-            log.write(step + 1, loss=mean, seconds=round(before + clock() - started, 1))
+            log.write(done, loss=mean, seconds=round(training.seconds, 1))
             recent.clear()
-        if (step + 1) % run.checkpoint_every == 0 or step + 1 == recipe.steps:
-            state = {"model": unet.state_dict(), "average": average.state_dict(), "step": step + 1}
-            state |= {"optimizer": optimizer.adam.state_dict(), "seconds": before + clock() - started}
-            save_checkpoint(run.out / "unet.pt", state, run.device)
-        if keep and run.snapshots and (step + 1) % run.snapshots == 0:
-            keep(average, step + 1)
-    return average.eval()
+        if done % run.checkpoint_every == 0 or done == recipe.steps:
+            training.save(done)
+        if keep and run.snapshots and done % run.snapshots == 0:
+            keep(training.average, done)
+    return training.average.eval()
 
 
 if __name__ == "__main__":
