@@ -39,7 +39,7 @@ class DurableStore(LocalStore):
         self._failure: OSError | None = None
 
     async def set(self, key: str, value: Buffer) -> None:
-        """Write one file, in the event loop itself: so no write is under way when another one fails."""
+        """Write one file, in the event loop itself: none is left under way when zarr returns or raises."""
         self._check_writable()
         self.write(key, value.to_bytes())
 
