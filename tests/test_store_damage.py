@@ -43,7 +43,7 @@ from satdifuser.store.metadata import seal
 from satdifuser.store.reader import FeatureStore, open_store
 from satdifuser.store.repair import repair
 from satdifuser.store.verify import verify
-from satdifuser.store.writer import TileRow, open_or_create
+from satdifuser.store.writer import WRITE_THREADS, TileRow, open_or_create
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
@@ -447,15 +447,17 @@ def test_no_write_goes_on_once_another_has_failed(tmp_path: Path, monkeypatch: p
             raise OSError(errno.ENOSPC, "No space left on device")
         time.sleep(0.2)
 
-    before = files_of(path)
+    before, seen = files_of(path), []
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", slow_disk)
         for _ in range(2):  # the writer that failed takes nothing more
             with pytest.raises(StoreError, match="shard 1: the disk is full; committed shards are kept"):
                 write(writer, 1)
-        assert files_of(path) == before
+            seen.append((files_of(path), len(calls)))
         time.sleep(0.5)
-        assert (files_of(path), len(calls)) == (before, 1)
+        assert [seen[0], (files_of(path), len(calls))] == [seen[1]] * 2
+    assert len(calls) <= WRITE_THREADS + 1  # what was under way ended before the error came out
+    assert not [file for file in files_of(path) if file not in before and "1" not in file.parts]
     assert open_store(path).colour(np.array([0, 1]))[:, 0].tolist() == [0, 1]
     write(open_or_create(path, new_attributes(), overwrite=False), 1)
     assert problems(path, deep=True) == []
