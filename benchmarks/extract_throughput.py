@@ -25,12 +25,12 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent))  # Python leaves it out where PYTHONSAFEPATH is set
+from gpu_watch import GpuWatch
 
 from satdifuser.extract import run
 from satdifuser.extract.background import Background
@@ -59,7 +62,6 @@ from satdifuser.store.settings import StoreSettings
 from satdifuser.store.writer import open_or_create
 
 EPOCHS, FUSIONS = 40, ("global", "localized", "moe")
-SAMPLE_SECONDS = 0.1  # between two looks at a GPU
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,12 @@ def main() -> None:
     parser.add_argument("--noising", choices=["forward", "inversion"], default="forward")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch", default="4", help="tiles of a batch, or auto")
+    parser.add_argument("--batch", type=auto_or_count, default="4", help="tiles of a batch, or auto")
     parser.add_argument("--pixels", type=int, default=256)
     parser.add_argument("--tiles", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", default="auto")
-    parser.add_argument("--readers", default="auto", help="threads that read images")
+    parser.add_argument("--threads", type=auto_or_count, default="auto")
+    parser.add_argument("--readers", type=auto_or_count, default="auto", help="threads that read images")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--parts", default="abc", help="which of a, b, c and d")
     parser.add_argument("--root", type=Path, help="where images and stores lie meanwhile")
@@ -109,6 +111,10 @@ def main() -> None:
             bench.profile()
         if "d" in args.parts:
             bench.reading()
+
+
+def auto_or_count(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def make_backbone(folder: Path, size: Size) -> None:
@@ -159,9 +165,7 @@ class Bench:
         self.store: Any = None  # the one that was written last
 
     def planned(self, noising: str) -> Plan:
-        batch = self.args.batch if self.args.batch == "auto" else int(self.args.batch)
-        threads = self.args.threads if self.args.threads == "auto" else int(self.args.threads)
-        readers = self.args.readers if self.args.readers == "auto" else int(self.args.readers)
+        batch = self.args.batch
         job = Job(
             FolderSettings.model_validate({"kind": "folder", "root": self.root / "images"}),
             BackboneSettings(
@@ -171,8 +175,8 @@ class Bench:
                 {
                     "noising": noising,
                     "batch_size": batch,
-                    "threads": threads,
-                    "read_threads": readers,
+                    "threads": self.args.threads,
+                    "read_threads": self.args.readers,
                     "compile": self.args.compile,
                 }
             ),
@@ -368,67 +372,6 @@ class Bench:
         self.read_images()
         rates = [1 / self.timed(self.read_images) for _ in range(self.args.rounds)]
         print(f"(d) {statistics.median(rates):.0f} tiles/s are read ({min(rates):.0f} to {max(rates):.0f})")
-
-
-class GpuWatch:
-    """Looks at a GPU every now and then while a `with` block lasts; at nothing where there is none.
-
-    Utilisation and power are told by NVML (package nvidia-ml-py), which is optional.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._nvml, self._handle = device, None, None
-        self._problem = "no time to look"
-        self.forget()
-        if device.type == "cuda":
-            self._open()
-
-    def _open(self) -> None:
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            uuid = torch.cuda.get_device_properties(self._device).uuid
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-            self._nvml = pynvml
-        except Exception as error:  # NVML's own errors are of a class of the package that may be missing
-            self._problem = str(error)
-
-    def forget(self) -> None:
-        """Begin anew."""
-        self._peak, self._samples = 0, list[tuple[float, float]]()  # bytes; (%, W)
-
-    def __enter__(self) -> GpuWatch:
-        self._over = Event()
-        self._thread = Thread(target=self._look, name="gpu", daemon=True)
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._device.type == "cuda":
-            self._over.set()
-            self._thread.join()
-            self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device))
-
-    def _look(self) -> None:
-        nvml: Any = self._nvml
-        try:
-            while nvml and not self._over.wait(SAMPLE_SECONDS):
-                used = nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
-                self._samples.append((used, nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000))
-        except Exception as error:  # as above
-            self._nvml, self._problem = None, str(error)
-
-    def describe(self) -> str:
-        """Peak memory, and the means of what was seen."""
-        peak = f"peak memory {self._peak / 1e9:.1f} GB"
-        if not self._nvml or not self._samples:
-            return f"{peak}; driver, utilisation and power unknown ({self._problem})"
-        used, power = map(statistics.mean, zip(*self._samples, strict=True))
-        driver = self._nvml.nvmlSystemGetDriverVersion()
-        return f"{peak}, utilisation {used:.0f} %, power {power:.0f} W, driver {driver}"
 
 
 if __name__ == "__main__":
