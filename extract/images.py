@@ -18,6 +18,7 @@ from satdifuser.extract.sources.tile import Tile
 
 Floats = NDArray[np.float32]
 PERCENTILES = (5, 25, 50, 75, 95)
+LOWER_BITS = 15  # of a float32; those above tell apart 256 values between two powers of two
 ROUNDING = 1e-6  # by which float32 may leave [0, 1] without a value being clipped
 COLOUR_STATISTICS = [
     f"{band}_{name}"
@@ -165,9 +166,23 @@ def colour_statistics(rgb: Floats) -> Floats:
 
 
 def _percentiles(band: Floats) -> NDArray[np.float64]:
-    """What np.percentile finds in seven times the time: sorting is fast where its selection is not."""
-    ordered = np.sort(band, axis=None)
-    return np.interp(PERCENTILES, np.linspace(0, 100, ordered.size), ordered)
+    """What np.percentile finds, faster: values are counted by their upper bits, and only a few are sorted.
+
+    Args:
+        band: Values of at least 0, (H, W) float32.
+    """
+    values = band.ravel() + np.float32(0)  # no -0: the bits of all others are in the order of the values
+    bins = values.view(np.int32) >> LOWER_BITS
+    counts = np.bincount(bins)
+    positions = np.linspace(0, 100, values.size)
+    below = np.searchsorted(positions, PERCENTILES, "right") - 1
+    ranks = np.unique(np.minimum([below, below + 1], values.size - 1))
+    found_in = np.searchsorted(np.cumsum(counts), ranks, "right")
+    needed = np.zeros(counts.size, np.bool_)
+    needed[found_in] = True
+    left_out = np.cumsum(np.where(needed, 0, counts))
+    ordered = np.sort(values[needed[bins]])[ranks - left_out[found_in]]
+    return np.interp(PERCENTILES, positions[ranks], ordered)
 
 
 def preview(rgb: Floats) -> NDArray[np.uint8]:

@@ -133,6 +133,23 @@ def test_colour_statistics_means_and_preview() -> None:
 
 
 @settings(deadline=None)
+@given(
+    st.tuples(st.integers(2, 30), st.integers(2, 30)),
+    st.sampled_from([1, 2, 255, 10000, 2**24]),
+    st.integers(0, 2**32 - 1),
+)
+def test_percentiles_are_those_of_sorted_values(size: tuple[int, int], steps: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    rgb = (random.integers(0, steps + 1, (3, *size)) / steps).astype(np.float32)
+    rgb[0] *= -0.0  # negative zeros, as a scale of a negative sign leaves them
+    values = dict(zip(COLOUR_STATISTICS, colour_statistics(rgb), strict=True))
+    for name, band in zip(("red", "green", "blue"), rgb, strict=True):
+        places = np.linspace(0, 100, band.size)
+        expected = np.interp(PERCENTILES, places, np.sort(band, axis=None)).astype(np.float32)
+        assert [values[f"{name}_p{p}"] for p in PERCENTILES] == expected.tolist()
+
+
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([4, 16, 64]))
 def test_automatic_size_is_the_next_multiple(height: int, width: int, stride: int) -> None:
     for side, given_side in zip(
