@@ -18,6 +18,7 @@ round warms up and is not counted.
     reading and the training of the fusions counted on both sides.
 (c) Where the time of an extraction goes, each part by itself.
 (d) How fast images are read, if nothing else is done.
+(e) Tiles per second of one process and of several on the same device, each from its first to its last commit.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
@@ -56,12 +59,13 @@ from satdifuser.fuse.inputs import named_inputs
 from satdifuser.fuse.run_network import new_network
 from satdifuser.fuse.settings import FitSettings
 from satdifuser.fuse.train import loss
-from satdifuser.store.device import device_name
+from satdifuser.store.device import cores, device_name
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.settings import StoreSettings
 from satdifuser.store.writer import open_or_create
 
 EPOCHS, FUSIONS = 40, ("global", "localized", "moe")
+BATCHES_OF_SHARD = 6  # where a batch is given; by default a shard has 512 MB, too much for a short run
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ def main() -> None:
     parser.add_argument("--threads", type=auto_or_count, default="auto")
     parser.add_argument("--readers", type=auto_or_count, default="auto", help="threads that read images")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--parts", default="abc", help="which of a, b, c and d")
+    parser.add_argument("--parts", default="abc", help="which of a, b, c, d and e")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="numbers of them for (e)")
     parser.add_argument("--root", type=Path, help="where images and stores lie meanwhile")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.root) as folder:
@@ -111,6 +116,8 @@ def main() -> None:
             bench.profile()
         if "d" in args.parts:
             bench.reading()
+        if "e" in args.parts:
+            bench.several_processes()
 
 
 def auto_or_count(text: str) -> int | str:
@@ -180,7 +187,7 @@ class Bench:
                     "compile": self.args.compile,
                 }
             ),
-            StoreSettings(tiles_per_shard=max(8, 2 * batch) if batch != "auto" else "auto"),
+            StoreSettings(tiles_per_shard="auto" if batch == "auto" else BATCHES_OF_SHARD * batch),
         )
         return make_plan(job, self.root / "none.zarr")
 
@@ -372,6 +379,47 @@ class Bench:
         self.read_images()
         rates = [1 / self.timed(self.read_images) for _ in range(self.args.rounds)]
         print(f"(d) {statistics.median(rates):.0f} tiles/s are read ({min(rates):.0f} to {max(rates):.0f})")
+
+    # --- (e)
+
+    def several_processes(self) -> None:
+        found: dict[int, list[tuple[float, float]]] = {}
+        for number in range(self.args.rounds):
+            for count in self.args.processes:
+                bare, rate = 1 / self.timed(self.bare_loop), self.rate_of(count, number)
+                found.setdefault(count, []).append((rate, rate / bare))
+                print(f"  (e) bare loop {bare:.2f} tiles/s, {count} process(es) {rate:.2f} tiles/s")
+        for count, pairs in found.items():
+            rates, shares = zip(*pairs, strict=True)
+            print(
+                f"(e) {count} process(es): {statistics.median(rates):.2f} tiles/s, "
+                f"{statistics.median(shares):.3f} of the bare loop (median; {min(shares):.3f} to "
+                f"{max(shares):.3f})"
+            )
+
+    def rate_of(self, count: int, number: int) -> float:
+        """Tiles per second of so many processes, each of which has its own shards."""
+        out, job = self.root / f"{count}-{number}.zarr", self.work.job
+        config = out.with_suffix(".yaml")
+        settings = job.settings.model_copy(update={"threads": max(1, cores() // count)})
+        names = ("source", "backbone", "extract", "store")
+        parts = (job.source_settings, job.backbone_settings, settings, job.store)
+        dumped = [part.model_dump(mode="json") for part in parts]
+        config.write_text(yaml.safe_dump(dict(zip(names, dumped, strict=True))))
+        command = [sys.executable, "-m", "satdifuser", "extract", "-c", config, "-o", out]
+        quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        running = [
+            subprocess.Popen([*command, "--shard", f"{i}/{count}"], **quiet) for i in range(1, count + 1)
+        ]
+        if failed := [process.args for process in running if process.wait()]:
+            raise SystemExit(f"failed: {failed[0]}")
+        times: list[list[float]] = [[] for _ in range(count)]
+        for file in sorted((out / "commits/c").iterdir(), key=lambda file: int(file.name)):
+            times[int(file.name) % count].append(file.stat().st_mtime)
+        if min(map(len, times)) < 2:
+            raise SystemExit(f"(e) needs {2 * count} shards for {count} processes: more --tiles")
+        shutil.rmtree(out)
+        return sum((len(own) - 1) * self.plan.tiles_per_shard / (own[-1] - own[0]) for own in times)
 
 
 if __name__ == "__main__":

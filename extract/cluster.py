@@ -90,6 +90,7 @@ def _order(
         layers=plan.layers,
         per_shard=plan.tiles_per_shard,
         versions=versions,
+        processes_per_gpu=machine.processes_per_gpu(cluster.workers),
     )
 
 

@@ -15,14 +15,13 @@ class ShardCost:
 
     Args:
         work: Says on which device.
-        alone: Whether no other worker uses the CPU, so that its counters tell of this work.
+        metered: Whether its device works for nobody else, so that the device's counters tell of this work.
     """
 
-    def __init__(self, work: Work, alone: bool = True) -> None:
+    def __init__(self, work: Work, metered: bool = True) -> None:
         device, self._batch = work.extractor.backbone.device, work.batch_size
         self._device_name = device_name(device)
-        gpu = gpu_uuid(device)
-        self._meter = EnergyMeter(gpu) if gpu or alone else None
+        self._meter = EnergyMeter(gpu_uuid(device)) if metered else None
         self._seconds, self._joules = time.monotonic(), 0.0
 
     def note(self) -> dict[str, Any]:

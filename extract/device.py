@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Arrays = dict[str, NDArray[np.generic]]
+SHARED = 0.9  # of a GPU's memory, among processes: each one's context takes some beside its tensors
 
 
 def fix_arithmetic(threads: int) -> None:
@@ -28,6 +29,13 @@ def fix_arithmetic(threads: int) -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def share_memory(device: torch.device, processes: int) -> None:
+    """Let this process take an equal part of the memory of a GPU that several use, and no more."""
+    if device.type == "cuda" and processes > 1:
+        named = None if device.index is None else device
+        torch.cuda.set_per_process_memory_fraction(SHARED / processes, named)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from satdifuser.extract.backbone import LoadedModel, find_backbone
 from satdifuser.extract.background import Background
 from satdifuser.extract.compute import Work, compute_shard, write_shard
 from satdifuser.extract.cost import ShardCost
-from satdifuser.extract.device import fix_arithmetic
+from satdifuser.extract.device import fix_arithmetic, share_memory
 from satdifuser.extract.job import Job
 from satdifuser.extract.loading import prepare_work
 from satdifuser.extract.metadata import collect_metadata
@@ -52,6 +52,7 @@ class Order:
     layers: list[LayerInfo]
     per_shard: int
     versions: dict[str, str]
+    processes_per_gpu: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,16 @@ class Report:
 class Machine:
     """What a worker runs on."""
 
-    device: str  # cpu or cuda
+    device: str  # cpu, cuda, or the one GPU that was asked for
     cores: int
+    gpus: int
+
+    def processes_per_gpu(self, workers: int) -> int:
+        """How many of so many workers of this machine share a GPU; 1 where a scheduler places them."""
+        if not self.device.startswith("cuda"):
+            return 1
+        gpus = self.gpus if self.device == "cuda" else 1
+        return max(1, -(-workers // gpus))
 
 
 def own_versions() -> dict[str, str]:
@@ -116,7 +125,7 @@ def worker_name() -> str:
 def survey(versions: dict[str, str], asked: str) -> Machine:
     """Say what this worker runs on, for a device that is asked for or ``auto``."""
     check_versions(versions)
-    return Machine(choose_device(asked, "backbone.device").type, cores())
+    return Machine(str(choose_device(asked, "backbone.device")), cores(), torch.cuda.device_count())
 
 
 def prepare(order: Order, first: TileRecord) -> tuple[int, LoadedModel]:
@@ -144,7 +153,8 @@ def extract_shard(order: Order, shard: int, records: list[TileRecord]) -> Report
         with closing(read_ahead(order.job, source, order.image_size, records)) as tiles:
             begun = chain(list(islice(tiles, 1)), tiles)  # reading begins while another shard is computed
             with _computing, Background("encode") as encoding:
-                cost = ShardCost(work, alone=False)
+                on_gpu = work.extractor.backbone.device.type == "cuda"
+                cost = ShardCost(work, metered=on_gpu and order.processes_per_gpu == 1)
                 computed = compute_shard(work, begun, len(records), values, encoding, encoding.check)
         writer, note = _writer(order), cost.note()
         write_shard(writer, shard, computed, note)
@@ -157,6 +167,7 @@ def _work_of(order: Order, records: list[TileRecord]) -> tuple[Work, Source]:
         if order.key not in _loaded:
             _loaded.clear()
             info, job = find_backbone(order.job.backbone_settings), _placed(order.job)
+            share_memory(torch.device(job.backbone_settings.device), order.processes_per_gpu)
             work = prepare_work(job, info, order.image_size, order.layers, records, order.per_shard)
             _loaded[order.key] = work, open_source(job.source_settings)
         return _loaded[order.key]

@@ -13,9 +13,11 @@ import torch
 from command_line import succeed
 
 from satdifuser.errors import BackboneError
+from satdifuser.extract.cluster import extract_on_cluster
 from satdifuser.extract.job import Job
 from satdifuser.extract.run import extract
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, SyntheticSettings
+from satdifuser.store.cluster import Cluster
 from satdifuser.store.reader import FeatureStore, open_store
 from satdifuser.store.settings import StoreSettings
 from satdifuser.store.verify import verify
@@ -114,6 +116,14 @@ def test_the_compiled_network_has_the_same_features(tmp_path: Path, on_cpu: Feat
             raise
         pytest.skip("needs a C compiler, for Triton")
     assert difference(values(store), values(on_cpu)) < 1e-3
+
+
+def test_processes_that_share_the_gpu_write_the_same_store(tmp_path: Path) -> None:
+    pytest.importorskip("distributed", reason="the extra dask is not installed")
+    alone = extract(make_job(), tmp_path / "alone.zarr")
+    shared = extract_on_cluster(make_job(), tmp_path / "shared.zarr", Cluster(workers=2))
+    assert shared.content_digest() == alone.content_digest()
+    assert not any("joules" in record for record in shared.commits)  # the GPU counts for both of them
 
 
 def test_commit_records_tell_device_and_time(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 
 from satdifuser.errors import ClusterError, SettingsError, StoreError
 from satdifuser.extract.cluster import rates_text
+from satdifuser.extract.device import share_memory
 from satdifuser.extract.run import Part, parse_part
-from satdifuser.extract.worker import check_versions, own_versions
+from satdifuser.extract.worker import Machine, check_versions, own_versions
 from satdifuser.store.lock import StoreLock, lock_file
 from satdifuser.store.reader import open_store
 from satdifuser.store.schema import Hashes
@@ -185,6 +186,29 @@ def test_a_worker_of_another_version_is_refused() -> None:
         ClusterError, match=r"torch .* instead of 1\.0; .*install the same versions everywhere"
     ):
         check_versions(own_versions() | {"torch": "1.0"})
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "workers", "expected"),
+    [
+        ("cuda", 4, 4, 1),
+        ("cuda", 4, 5, 2),
+        ("cuda", 1, 3, 3),
+        ("cuda:1", 4, 3, 3),  # one that was asked for
+        ("cuda", 2, 0, 1),  # wherever a scheduler has them
+        ("cpu", 0, 4, 1),
+    ],
+)
+def test_workers_share_gpus(device: str, gpus: int, workers: int, expected: int) -> None:
+    assert Machine(device, cores=16, gpus=gpus).processes_per_gpu(workers) == expected
+
+
+def test_processes_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: limits.append(given))
+    for device, processes in (("cpu", 2), ("cuda", 1), ("cuda", 2), ("cuda:1", 3)):
+        share_memory(torch.device(device), processes)
+    assert limits == [(0.45, None), (pytest.approx(0.3), torch.device("cuda:1"))]
 
 
 def test_rates_name_the_slowest_workers() -> None:
