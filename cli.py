@@ -222,7 +222,8 @@ def extract(
     """Write the features of a source's tiles to a store, or go on where an earlier run stopped.
 
     With --add-… and --relabel the settings are those that the store holds, unless -c names a file.
-    --workers (one per GPU), --scheduler and --shard spread the work, with the same result: see docs/scale.md.
+    --workers (which share GPUs or cores), --scheduler and --shard spread the work, with the same result: see
+    docs/scale.md.
     """
     from satdifuser.extract.run import parse_part
 

@@ -18,7 +18,8 @@ round warms up and is not counted.
     reading and the training of the fusions counted on both sides.
 (c) Where the time of an extraction goes, each part by itself.
 (d) How fast images are read, if nothing else is done.
-(e) Tiles per second of one process and of several on the same device, each from its first to its last commit.
+(e) Tiles per second of one process and of several on the same device (`--shard I/N`, which have equal parts
+    of the CPU's cores and no limit of a GPU's memory), while all are between their first and last commits.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ from satdifuser.store.settings import StoreSettings
 from satdifuser.store.writer import open_or_create
 
 EPOCHS, FUSIONS = 40, ("global", "localized", "moe")
-BATCHES_OF_SHARD = 6  # where a batch is given; by default a shard has 512 MB, too much for a short run
+TILES_OF_SHARD = 24  # or two batches, if batches are given: the default, up to 64, is much for a short run
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class Bench:
                     "compile": self.args.compile,
                 }
             ),
-            StoreSettings(tiles_per_shard="auto" if batch == "auto" else BATCHES_OF_SHARD * batch),
+            StoreSettings(tiles_per_shard="auto" if batch == "auto" else max(TILES_OF_SHARD, 2 * batch)),
         )
         return make_plan(job, self.root / "none.zarr")
 
@@ -383,7 +384,14 @@ class Bench:
     # --- (e)
 
     def several_processes(self) -> None:
-        found: dict[int, list[tuple[float, float]]] = {}
+        per_shard, found = self.plan.tiles_per_shard, dict[int, list[tuple[float, float]]]()
+        for count in self.args.processes:
+            if self.tiles % (per_shard * count) or self.tiles < 3 * per_shard * count:
+                raise SystemExit(
+                    f"(e): --tiles {self.tiles}, expected 3, 4, … times {per_shard * count}: at least three "
+                    f"whole shards of {per_shard} tiles for each of {count} process(es)"
+                )
+        self.bare_loop()
         for number in range(self.args.rounds):
             for count in self.args.processes:
                 bare, rate = 1 / self.timed(self.bare_loop), self.rate_of(count, number)
@@ -398,7 +406,7 @@ class Bench:
             )
 
     def rate_of(self, count: int, number: int) -> float:
-        """Tiles per second of so many processes, each of which has its own shards."""
+        """Tiles per second of so many processes, each of which has its own shards and part of the cores."""
         out, job = self.root / f"{count}-{number}.zarr", self.work.job
         config = out.with_suffix(".yaml")
         settings = job.settings.model_copy(update={"threads": max(1, cores() // count)})
@@ -406,20 +414,31 @@ class Bench:
         parts = (job.source_settings, job.backbone_settings, settings, job.store)
         dumped = [part.model_dump(mode="json") for part in parts]
         config.write_text(yaml.safe_dump(dict(zip(names, dumped, strict=True))))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         command = [sys.executable, "-m", "satdifuser", "extract", "-c", config, "-o", out]
-        quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         running = [
-            subprocess.Popen([*command, "--shard", f"{i}/{count}"], **quiet) for i in range(1, count + 1)
+            subprocess.Popen([*command, "--shard", f"{i}/{count}"], stdout=subprocess.DEVNULL)
+            for i in range(1, count + 1)
         ]
-        if failed := [process.args for process in running if process.wait()]:
-            raise SystemExit(f"failed: {failed[0]}")
-        times: list[list[float]] = [[] for _ in range(count)]
-        for file in sorted((out / "commits/c").iterdir(), key=lambda file: int(file.name)):
-            times[int(file.name) % count].append(file.stat().st_mtime)
-        if min(map(len, times)) < 2:
-            raise SystemExit(f"(e) needs {2 * count} shards for {count} processes: more --tiles")
+        try:
+            if any(process.wait() for process in running):
+                raise SystemExit("(e): a process failed")
+        finally:
+            for process in running:
+                process.kill()
+        rate = self.common_rate(out / "commits/c", count)
         shutil.rmtree(out)
-        return sum((len(own) - 1) * self.plan.tiles_per_shard / (own[-1] - own[0]) for own in times)
+        return rate
+
+    def common_rate(self, commits: Path, count: int) -> float:
+        """Tiles per second while all processes were past their first shard and before their last commit."""
+        times: list[list[float]] = [[] for _ in range(count)]
+        for file in sorted(commits.iterdir(), key=lambda file: int(file.name)):
+            times[int(file.name) % count].append(file.stat().st_mtime)
+        start, end = max(own[0] for own in times), min(own[-1] for own in times)
+        shards = sum(float(np.diff(np.interp([start, end], own, range(len(own))))[0]) for own in times)
+        return shards * self.plan.tiles_per_shard / (end - start)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def memory_message(work: Work, tile_id: str, reason: str) -> str:
         f"tile {tile_id}: {device} has no memory for even one tile ({reason}): {size[0]} x {size[1]} px, "
         f"{len(work.extractor.layers)} layers, {len(work.extractor.timesteps)} timesteps, "
         f"{settings.dtype}; what takes less: {narrower}a smaller extract.image_size or source.tile_size, "
-        "fewer extract.layers or extract.timesteps; or end what else uses the device"
+        "fewer extract.layers or extract.timesteps; or fewer --workers on one GPU; or end what else uses it"
     )
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Arrays = dict[str, NDArray[np.generic]]
-SHARED = 0.9  # of a GPU's memory, among processes: each one's context takes some beside its tensors
+CONTEXT_BYTES = 600e6  # at most, that a process takes of a GPU's memory beside its tensors
 
 
 def fix_arithmetic(threads: int) -> None:
@@ -34,8 +34,10 @@ def fix_arithmetic(threads: int) -> None:
 def share_memory(device: torch.device, processes: int) -> None:
     """Let this process take an equal part of the memory of a GPU that several use, and no more."""
     if device.type == "cuda" and processes > 1:
+        total = torch.cuda.get_device_properties(device).total_memory
         named = None if device.index is None else device
-        torch.cuda.set_per_process_memory_fraction(SHARED / processes, named)
+        part = max(0.0, 1 / processes - CONTEXT_BYTES / total)
+        torch.cuda.set_per_process_memory_fraction(part, named)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -80,14 +82,14 @@ class Stopwatch:
     """Seconds that a device works on something, begun when it is made."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._began = self._now()
 
     def _now(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def stop(self) -> Callable[[], float]:

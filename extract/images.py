@@ -18,7 +18,7 @@ from satdifuser.extract.sources.tile import Tile
 
 Floats = NDArray[np.float32]
 PERCENTILES = (5, 25, 50, 75, 95)
-LOWER_BITS = 15  # of a float32; those above tell apart 256 values between two powers of two
+LOWER_BITS = 17  # of a float32; those above tell apart 64 values between two powers of two
 ROUNDING = 1e-6  # by which float32 may leave [0, 1] without a value being clipped
 COLOUR_STATISTICS = [
     f"{band}_{name}"
@@ -169,7 +169,7 @@ def _percentiles(band: Floats) -> NDArray[np.float64]:
     """What np.percentile finds, faster: values are counted by their upper bits, and only a few are sorted.
 
     Args:
-        band: Values of at least 0, (H, W) float32.
+        band: Values of at least 0, (H, W) float32; -0 counts as 0.
     """
     values = band.ravel() + np.float32(0)  # no -0: the bits of all others are in the order of the values
     bins = values.view(np.int32) >> LOWER_BITS

@@ -121,9 +121,10 @@ def test_the_compiled_network_has_the_same_features(tmp_path: Path, on_cpu: Feat
 def test_processes_that_share_the_gpu_write_the_same_store(tmp_path: Path) -> None:
     pytest.importorskip("distributed", reason="the extra dask is not installed")
     alone = extract(make_job(), tmp_path / "alone.zarr")
-    shared = extract_on_cluster(make_job(), tmp_path / "shared.zarr", Cluster(workers=2))
+    workers = torch.cuda.device_count() + 1
+    shared = extract_on_cluster(make_job(), tmp_path / "shared.zarr", Cluster(workers))
     assert shared.content_digest() == alone.content_digest()
-    assert not any("joules" in record for record in shared.commits)  # the GPU counts for both of them
+    assert not any("joules" in record for record in shared.commits)  # a GPU counts for all who use it
 
 
 def test_commit_records_tell_device_and_time(tmp_path: Path) -> None:

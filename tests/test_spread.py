@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +24,13 @@ from made_up_store import build, new_attributes
 from safetensors.torch import save_file
 
 from satdifuser.errors import ClusterError, SettingsError, StoreError
+from satdifuser.extract import cluster, worker
 from satdifuser.extract.cluster import rates_text
 from satdifuser.extract.device import share_memory
 from satdifuser.extract.run import Part, parse_part
 from satdifuser.extract.worker import Machine, check_versions, own_versions
+from satdifuser.pipeline import load_pipeline
+from satdifuser.store.cluster import Cluster
 from satdifuser.store.lock import StoreLock, lock_file
 from satdifuser.store.reader import open_store
 from satdifuser.store.schema import Hashes
@@ -206,9 +211,37 @@ def test_workers_share_gpus(device: str, gpus: int, workers: int, expected: int)
 def test_processes_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[Any] = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: limits.append(given))
+    gpu = SimpleNamespace(total_memory=12e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     for device, processes in (("cpu", 2), ("cuda", 1), ("cuda", 2), ("cuda:1", 3)):
         share_memory(torch.device(device), processes)
-    assert limits == [(0.45, None), (pytest.approx(0.3), torch.device("cuda:1"))]
+    assert limits == [(0.45, None), (pytest.approx(1 / 3 - 0.05), torch.device("cuda:1"))]
+
+
+class Here:
+    """Stands for a cluster's client: whatever is sent to a worker runs here."""
+
+    def wait_for_workers(self, count: int) -> None:
+        pass
+
+    def submit(self, task: Any, *given: Any, pure: bool) -> Any:
+        found = task(*given)
+        return SimpleNamespace(result=lambda: found)
+
+
+def test_workers_are_told_how_many_share_a_gpu(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[Any] = []
+    monkeypatch.setattr(worker, "share_memory", lambda *given: shares.append(given))
+    monkeypatch.setattr(cluster, "survey", lambda *given: Machine("cuda", cores=16, gpus=2))
+    job = load_pipeline(config, ["extract.threads=auto"]).job()
+    plan, order = cluster._order(job, tmp_path / "s.zarr", Cluster(workers=6), Here(), False, False)
+    assert (order.processes_per_gpu, order.job.settings.threads) == (3, 2)
+    on_cpu = order.job.backbone_settings.model_copy(update={"device": "cpu"})
+    on_cpu_order = replace(order, job=replace(order.job, backbone_settings=on_cpu))
+    worker._work_of(on_cpu_order, list(plan.records))
+    assert shares == [(torch.device("cpu"), 3)]
 
 
 def test_rates_name_the_slowest_workers() -> None:
@@ -217,8 +250,6 @@ def test_rates_name_the_slowest_workers() -> None:
 
 
 def test_a_scheduler_that_is_not_there(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import satdifuser.extract.cluster as cluster
-
     connect = cluster.Cluster.connect
     monkeypatch.setattr(cluster.Cluster, "connect", lambda self: connect(self, patience=0.5))
     told = refuse("extract", "-c", config, "-o", tmp_path / "s.zarr", "--scheduler", "tcp://127.0.0.1:9")
