@@ -58,6 +58,10 @@ class StoreError(SatDiFuserError, RuntimeError):
     """A feature store is missing, incomplete, damaged or made with other settings."""
 
 
+class LockedError(StoreError):
+    """Another process writes to the store."""
+
+
 class UnreachableError(StoreError):
     """A remote place does not answer, or refuses; that says nothing of the store."""
 

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from satdifuser.errors import StoreError
+from satdifuser.errors import LockedError
 
 POLL_SECONDS = 0.2
 
@@ -40,7 +40,7 @@ class StoreLock:
             patience: Seconds to wait for it.
 
         Raises:
-            StoreError: somebody else writes to the store.
+            LockedError: somebody else writes to the store.
             OSError: the folder of the store cannot be written, or its file system has no locks.
         """
         file = lock_file(path)
@@ -81,7 +81,7 @@ def _lock(path: Path, file: Path, kind: int, patience: float) -> int:
                 time.sleep(POLL_SECONDS)
                 continue
             os.close(descriptor)
-            raise StoreError(
+            raise LockedError(
                 f"{path}: is being written by {holder}; wait until that ends, or end it, and run the same "
                 "command again"
             ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from satdifuser.errors import SettingsError, StoreError
+from satdifuser.errors import LockedError, SettingsError, StoreError
 from satdifuser.store.card import store_card
 from satdifuser.store.device import cores
 from satdifuser.store.encoding import FORMS, Floats, tile_digests
@@ -39,7 +40,7 @@ from satdifuser.store.files import (
 )
 from satdifuser.store.layout import LABEL_ARRAYS, ROW_TEXT_FIELDS, SPLITS, create_arrays, target_array
 from satdifuser.store.location import is_zip
-from satdifuser.store.lock import StoreLock
+from satdifuser.store.lock import POLL_SECONDS, StoreLock
 from satdifuser.store.metadata import is_store, require_current, seal
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import ATTRIBUTE_KEY, Attributes, differing_fields
@@ -50,6 +51,7 @@ Encoded = dict[str, dict[str, NDArray[np.generic]]]  # group to array name to (B
 WRITE_THREADS = min(8, cores())  # of one shard's files, and of its tiles' digests
 TILES_AT_ONCE = 4  # that one thread hashes
 CREATION_SECONDS = 60.0  # that another process may take to create a store
+MOMENT_SECONDS = 2.0  # for which others lock a store that they wanted to create, and find created
 NAN4, NAN6 = (float("nan"),) * 4, (float("nan"),) * 6
 
 
@@ -184,20 +186,28 @@ def _brief(attributes: Attributes, name: str) -> str:
 def create_unless_there(path: Path, attributes: Attributes) -> None:
     """Create a store that several processes fill, each its own shards; the first one to come does it.
 
+    The lock is taken only where there is no store: others may be filling it for hours.
+
     Raises:
         SettingsError: the path is named as a .zip file.
         StoreError: something else is at `path`, or it cannot be written.
     """
-    try:
-        refuse_zip(path)
-        make_folder(path.parent)
-        with StoreLock(path, patience=CREATION_SECONDS):
-            if path.exists() and not is_store(path):
-                raise StoreError(f"{path}: exists and is not a feature store; choose another output path")
-            if not path.exists():
-                create_store(path.resolve(), attributes)
-    except OSError as error:
-        raise write_error(path, error) from error
+    refuse_zip(path)
+    end = time.monotonic() + CREATION_SECONDS
+    while not is_store(path):
+        try:
+            make_folder(path.parent)
+            with StoreLock(path):
+                if path.exists() and not is_store(path):
+                    raise StoreError(f"{path}: exists and is not a feature store; choose another output path")
+                if not path.exists():
+                    create_store(path.resolve(), attributes)
+        except LockedError:  # by one that creates it, or has done so by now
+            if time.monotonic() > end:
+                raise
+            time.sleep(POLL_SECONDS)
+        except OSError as error:
+            raise write_error(path, error) from error
 
 
 def open_part(path: Path, attributes: Attributes) -> StoreWriter:
@@ -206,7 +216,7 @@ def open_part(path: Path, attributes: Attributes) -> StoreWriter:
     Raises:
         StoreError: the store was made with other settings, or a process that shares it with nobody has it.
     """
-    lock = StoreLock(path, shared=True)
+    lock = StoreLock(path, shared=True, patience=MOMENT_SECONDS)
     try:
         _check_same(path, FeatureStore(path).attributes, attributes)
         return StoreWriter(path, lock, alone=False)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread, Timer
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,12 +31,19 @@ from satdifuser.extract.device import share_memory
 from satdifuser.extract.run import Part, parse_part
 from satdifuser.extract.worker import Machine, check_versions, own_versions
 from satdifuser.pipeline import load_pipeline
+from satdifuser.store import writer as writing
 from satdifuser.store.cluster import Cluster
 from satdifuser.store.lock import StoreLock, lock_file
 from satdifuser.store.reader import open_store
 from satdifuser.store.schema import Hashes
 from satdifuser.store.verify import verify
-from satdifuser.store.writer import StoreWriter, create_unless_there, open_or_create, open_part
+from satdifuser.store.writer import (
+    MOMENT_SECONDS,
+    StoreWriter,
+    create_unless_there,
+    open_or_create,
+    open_part,
+)
 
 pytest.importorskip("distributed", reason="the extra dask is not installed")
 
@@ -149,8 +157,6 @@ def test_a_shared_lock_keeps_others_away_and_goes_with_its_last_holder(tmp_path:
 
 
 def test_a_lock_is_waited_for(tmp_path: Path) -> None:
-    from threading import Timer
-
     held = StoreLock(tmp_path / "s.zarr")
     Timer(0.3, held.release).start()
     StoreLock(tmp_path / "s.zarr", patience=10.0).release()
@@ -168,6 +174,41 @@ def test_a_store_for_several_is_created_once_and_never_replaced(tmp_path: Path) 
     (tmp_path / "other").mkdir()
     with pytest.raises(StoreError, match="exists and is not a feature store"):
         create_unless_there(tmp_path / "other", new_attributes())
+
+
+def test_a_store_that_others_fill_is_not_waited_for(tmp_path: Path) -> None:
+    path = build(tmp_path / "s.zarr", shards=(0,))
+    with StoreLock(path, shared=True):
+        began = time.monotonic()
+        create_unless_there(path, new_attributes())
+        open_part(path, new_attributes()).close()
+        assert time.monotonic() - began < MOMENT_SECONDS
+
+
+def test_parts_wait_for_the_first_one_to_create_the_store_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, begun, create = tmp_path / "s.zarr", Event(), writing.create_store
+
+    def slowly(*given: Any) -> None:
+        begun.set()
+        time.sleep(0.5)
+        create(*given)
+
+    def first() -> None:
+        create_unless_there(path, new_attributes())
+        held.append(open_part(path, new_attributes()))  # and fills it
+
+    held: list[StoreWriter] = []
+    monkeypatch.setattr(writing, "create_store", slowly)
+    thread = Thread(target=first)
+    thread.start()
+    assert begun.wait(10)
+    create_unless_there(path, new_attributes())
+    open_part(path, new_attributes()).close()
+    thread.join()
+    held[0].close()
+    assert not lock_file(path).exists()
 
 
 def test_a_writer_among_others_leaves_their_unfinished_files(tmp_path: Path) -> None:
