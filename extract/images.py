@@ -182,7 +182,8 @@ def _percentiles(band: Floats) -> NDArray[np.float64]:
     needed[found_in] = True
     left_out = np.cumsum(np.where(needed, 0, counts))
     ordered = np.sort(values[needed[bins]])[ranks - left_out[found_in]]
-    return np.interp(PERCENTILES, positions[ranks], ordered)
+    percentiles: NDArray[np.float64] = np.interp(PERCENTILES, positions[ranks], ordered)
+    return percentiles
 
 
 def preview(rgb: Floats) -> NDArray[np.uint8]:
