@@ -106,6 +106,13 @@ def test_a_job_array_writes_what_one_process_writes(config: Path, tmp_path: Path
     assert not lock_file(out).exists()
 
 
+def test_a_part_begins_while_others_are_at_work(config: Path, tmp_path: Path) -> None:
+    words = ("extract", "-c", config, "-o", tmp_path / "s.zarr", "--shard")
+    succeed(*words, "1/2")
+    with StoreLock(tmp_path / "s.zarr", shared=True):
+        succeed(*words, "2/2")
+
+
 def test_parts_that_begin_at_once_take_the_values_of_the_first(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
