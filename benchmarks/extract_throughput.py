@@ -27,24 +27,20 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from PIL import Image
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # Python leaves it out where PYTHONSAFEPATH is set
 from gpu_watch import GpuWatch
+from made_up_backbone import SIZES, make_backbone, make_images
+from several_processes import rate_of
 
 from satdifuser.extract import run
 from satdifuser.extract.background import Background
@@ -60,30 +56,13 @@ from satdifuser.fuse.inputs import named_inputs
 from satdifuser.fuse.run_network import new_network
 from satdifuser.fuse.settings import FitSettings
 from satdifuser.fuse.train import loss
-from satdifuser.store.device import cores, device_name
+from satdifuser.store.device import device_name
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.settings import StoreSettings
-from satdifuser.store.writer import open_or_create
 
 EPOCHS, FUSIONS = 40, ("global", "localized", "moe")
 TILES_OF_SHARD = 24  # or two batches, if batches are given: the default, up to 64, is much for a short run
-
-
-@dataclass(frozen=True)
-class Size:
-    """Shapes of a backbone."""
-
-    channels: tuple[int, ...]
-    heads: int | tuple[int, ...]  # channels of an attention head, as diffusers names it
-    text: tuple[int, int]  # tokens, width
-    vae: tuple[int, ...]
-
-
-SIZES = {
-    "tiny": Size((32, 64, 64, 64), 8, (77, 64), (8, 8, 8, 8)),  # to try this script
-    "small": Size((64, 128, 256, 256), 8, (77, 64), (16, 16, 32, 32)),
-    "sd21": Size((320, 640, 1280, 1280), (5, 10, 20, 20), (77, 1024), (128, 256, 512, 512)),
-}
 
 
 def main() -> None:
@@ -123,41 +102,6 @@ def main() -> None:
 
 def auto_or_count(text: str) -> int | str:
     return text if text == "auto" else int(text)
-
-
-def make_backbone(folder: Path, size: Size) -> None:
-    """Write a backbone of random weights."""
-    torch.manual_seed(0)
-    tokens, width = size.text
-    unet = UNet2DConditionModel(
-        block_out_channels=size.channels,
-        attention_head_dim=size.heads,
-        cross_attention_dim=width,
-        use_linear_projection=True,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=size.vae,
-        layers_per_block=2 if size.vae[0] > 100 else 1,
-        norm_num_groups=min(32, size.vae[0]),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    )
-    unet.save_pretrained(folder / "unet")
-    vae.save_pretrained(folder / "vae")
-    DDIMScheduler(steps_offset=1).save_pretrained(folder / "scheduler")
-    save_file({"hidden_states": torch.randn(1, tokens, width)}, folder / "prompt_embedding.safetensors")
-
-
-def make_images(folder: Path, count: int, pixels: int) -> None:
-    """Write PNG files of smooth noise, half of them of one class."""
-    random = np.random.default_rng(0)
-    for i in range(count):
-        place = folder / ("land", "sea")[i % 2]
-        place.mkdir(parents=True, exist_ok=True)
-        coarse = random.integers(0, 256, (pixels // 8, pixels // 8, 3), np.uint8)
-        Image.fromarray(coarse).resize((pixels, pixels), Image.Resampling.BICUBIC).save(place / f"{i}.png")
 
 
 class Bench:
@@ -394,7 +338,11 @@ class Bench:
         self.bare_loop()
         for number in range(self.args.rounds):
             for count in self.args.processes:
-                bare, rate = 1 / self.timed(self.bare_loop), self.rate_of(count, number)
+                bare = 1 / self.timed(self.bare_loop)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()  # for the processes
+                out = self.root / f"{count}-{number}.zarr"
+                rate = rate_of(self.work.job, per_shard, out, count)
                 found.setdefault(count, []).append((rate, rate / bare))
                 print(f"  (e) bare loop {bare:.2f} tiles/s, {count} process(es) {rate:.2f} tiles/s")
         for count, pairs in found.items():
@@ -404,41 +352,6 @@ class Bench:
                 f"{statistics.median(shares):.3f} of the bare loop (median; {min(shares):.3f} to "
                 f"{max(shares):.3f})"
             )
-
-    def rate_of(self, count: int, number: int) -> float:
-        """Tiles per second of so many processes, each of which has its own shards and part of the cores."""
-        out, job = self.root / f"{count}-{number}.zarr", self.work.job
-        config = out.with_suffix(".yaml")
-        settings = job.settings.model_copy(update={"threads": max(1, cores() // count)})
-        names = ("source", "backbone", "extract", "store")
-        parts = (job.source_settings, job.backbone_settings, settings, job.store)
-        dumped = [part.model_dump(mode="json") for part in parts]
-        config.write_text(yaml.safe_dump(dict(zip(names, dumped, strict=True))))
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        command = [sys.executable, "-m", "satdifuser", "extract", "-c", config, "-o", out]
-        running = [
-            subprocess.Popen([*command, "--shard", f"{i}/{count}"], stdout=subprocess.DEVNULL)
-            for i in range(1, count + 1)
-        ]
-        try:
-            if any(process.wait() for process in running):
-                raise SystemExit("(e): a process failed")
-        finally:
-            for process in running:
-                process.kill()
-        rate = self.common_rate(out / "commits/c", count)
-        shutil.rmtree(out)
-        return rate
-
-    def common_rate(self, commits: Path, count: int) -> float:
-        """Tiles per second while all processes were past their first shard and before their last commit."""
-        times: list[list[float]] = [[] for _ in range(count)]
-        for file in sorted(commits.iterdir(), key=lambda file: int(file.name)):
-            times[int(file.name) % count].append(file.stat().st_mtime)
-        start, end = max(own[0] for own in times), min(own[-1] for own in times)
-        shards = sum(float(np.diff(np.interp([start, end], own, range(len(own))))[0]) for own in times)
-        return shards * self.plan.tiles_per_shard / (end - start)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ import numpy as np
 import psutil
 from write_throughput import attributes, made_up, sd_layers
 
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore
-from satdifuser.store.writer import TileRow, open_or_create
+from satdifuser.store.writer import TileRow
 
 TILES = 24  # of a shard
 TRAIN = 0.7

@@ -5,7 +5,7 @@
 The reference is the equations as they stand: a call of a layer's bottleneck, or of an expert mixture, for
 each timestep. Both use the same modules and weights; that they agree is checked first. Forward and backward
 are timed in turns within one run; the first round warms up and is not counted. `small` are the layers of the
-U-Net of benchmarks/extract_throughput.py, `sd21` those of Stable Diffusion 2.1, both at 256 px; `embedded`
+U-Net of benchmarks/made_up_backbone.py, `sd21` those of Stable Diffusion 2.1, both at 256 px; `embedded`
 those of the embedded backbone at 64 px.
 """
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 import rasterio
-from extract_throughput import Size, make_backbone
+from made_up_backbone import Size, make_backbone
 from rasterio.windows import Window
 
 from satdifuser.extract.sources.grid import offsets

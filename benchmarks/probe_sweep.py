@@ -42,9 +42,10 @@ from satdifuser.evaluate.probe_cells import Cell, SweepData, fit_cell, list_cell
 from satdifuser.evaluate.probe_workers import fit_cells, one_thread
 from satdifuser.evaluate.settings import ProbeSettings
 from satdifuser.store.encoding import encode
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore, open_store
 from satdifuser.store.schema import Attributes, Hashes, LayerInfo, group_layers
-from satdifuser.store.writer import TileRow, open_or_create
+from satdifuser.store.writer import TileRow
 
 SIDE, SHARD, CLASSES, DIRECTIONS, STEPS = 64, 100, 10, 512, [21, 61, 161]
 WIDTHS = {"sd": (1280, 1280, 640, 320), "narrow": (128, 128, 96, 48)}

@@ -34,10 +34,11 @@ from satdifuser.fuse.network import build_network
 from satdifuser.fuse.settings import FitSettings
 from satdifuser.store.batches import BatchReader
 from satdifuser.store.encoding import decode_formula, encode
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore, Stored
 from satdifuser.store.schema import Attributes, Hashes, LayerInfo, group_layers
 from satdifuser.store.settings import Encoding
-from satdifuser.store.writer import TileRow, open_or_create
+from satdifuser.store.writer import TileRow
 
 BATCH = 16
 TURN_BYTES = 2e8  # of tiles that each way reads in its turn: long enough for its own pace

@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from satdifuser.store.encoding import decode_formula, encode
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.schema import Attributes, Hashes, LayerInfo, group_layers
 from satdifuser.store.settings import Encoding
-from satdifuser.store.writer import Encoded, TileRow, open_or_create
+from satdifuser.store.writer import Encoded, TileRow
 
 # up block: channels, image pixels per feature pixel, attn1 layers, conv2 layers
 BLOCKS = [(1280, 64, 0, 3), (1280, 32, 3, 3), (640, 16, 3, 3), (320, 8, 3, 3)]

@@ -25,8 +25,8 @@ from satdifuser.extract.run import ask_for_labels, planned_attributes, report_sk
 from satdifuser.extract.worker import Order, Report, extract_shard, own_versions, prepare, survey
 from satdifuser.store.cluster import CONNECT_SECONDS, Cluster
 from satdifuser.store.files import remove_orphans
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore
-from satdifuser.store.writer import open_or_create
 
 RECONNECT_SECONDS = 600.0
 SHOWN_WORKERS = 6

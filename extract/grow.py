@@ -44,6 +44,7 @@ from satdifuser.store.copy import tile_rows
 from satdifuser.store.files import take_place
 from satdifuser.store.georeference import Georeference
 from satdifuser.store.lock import StoreLock
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore, end_cut_off
 from satdifuser.store.schema import (
     Attributes,
@@ -55,7 +56,7 @@ from satdifuser.store.schema import (
     kept_layers,
 )
 from satdifuser.store.settings import StoreSettings
-from satdifuser.store.writer import TileRow, open_or_create
+from satdifuser.store.writer import TileRow
 
 
 @dataclass(frozen=True)

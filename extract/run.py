@@ -29,9 +29,10 @@ from satdifuser.extract.reading import read_ahead, read_row
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.store.files import discard
+from satdifuser.store.opening import create_unless_there, open_or_create, open_part
 from satdifuser.store.reader import FeatureStore, is_store
 from satdifuser.store.schema import Attributes
-from satdifuser.store.writer import StoreWriter, create_unless_there, open_or_create, open_part
+from satdifuser.store.writer import StoreWriter
 
 SHOWN_SKIPPED = 10
 

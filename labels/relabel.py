@@ -31,9 +31,10 @@ from satdifuser.store.layout import UNLABELLED
 from satdifuser.store.location import Location, is_remote
 from satdifuser.store.lock import StoreLock
 from satdifuser.store.metadata import require_current
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore, Indices, end_cut_off
 from satdifuser.store.schema import Attributes, canonical_hash
-from satdifuser.store.writer import TileRow, open_or_create
+from satdifuser.store.writer import TileRow
 
 NO_LABEL = UNLABELLED["classification"]
 SHAPEFILE = (".shp", ".dbf", ".shx", ".prj", ".cpg")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from satdifuser.errors import SettingsError, StoreError
 from satdifuser.store.encoding import content_digest, decode_formula, encode
 from satdifuser.store.layout import ROW_TEXT_FIELDS
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore, Indices, Selection
 from satdifuser.store.schema import (
     Attributes,
@@ -32,7 +33,7 @@ from satdifuser.store.schema import (
     kept_layers,
 )
 from satdifuser.store.settings import StoreSettings
-from satdifuser.store.writer import Encoded, StoreWriter, TileRow, open_or_create
+from satdifuser.store.writer import Encoded, StoreWriter, TileRow
 
 ALIKE = (
     *("task", "classes", "ignore_value", "tile_size", "partition", "partitions", "encoding", "previews"),

@@ -15,10 +15,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from satdifuser.extract.unet import SatUNet
 from satdifuser.store.encoding import decode_formula, encode
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import Attributes, Hashes, LayerInfo, canonical_hash, contents_hash, group_layers
 from satdifuser.store.settings import Encoding
-from satdifuser.store.writer import Encoded, TileRow, open_or_create
+from satdifuser.store.writer import Encoded, TileRow
 
 
 def store_attributes(**fields: Any) -> Attributes:

@@ -12,9 +12,10 @@ from made_up import store_attributes
 from numpy.typing import NDArray
 
 from satdifuser.store.encoding import encode
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import LayerInfo
-from satdifuser.store.writer import TileRow, open_or_create
+from satdifuser.store.writer import TileRow
 
 Target = NDArray[Any]
 SPLITS = ["train"] * 12 + ["val"] * 6 + ["test"] * 6

@@ -16,9 +16,10 @@ from rasterio.warp import transform
 
 from satdifuser.store.encoding import encode
 from satdifuser.store.georeference import Georeference
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import LayerInfo
-from satdifuser.store.writer import TileRow, open_or_create
+from satdifuser.store.writer import TileRow
 
 CRS, LEFT, TOP, PIXEL = "EPSG:32632", 500000, 5000000, 10
 SIDE = 8  # px of a tile

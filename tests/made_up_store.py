@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from satdifuser.errors import StoreError
 from satdifuser.store.encoding import encode
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import open_store
 from satdifuser.store.schema import Attributes, LayerInfo
 from satdifuser.store.verify import verify
-from satdifuser.store.writer import StoreWriter, TileRow, open_or_create
+from satdifuser.store.writer import StoreWriter, TileRow
 
 TILES, PER_SHARD, STEPS = 3, 2, [1, 101]
 LAYER = LayerInfo(name="up.0.attn1", channels=2, stride=2, height=2, width=2)

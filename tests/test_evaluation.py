@@ -36,9 +36,10 @@ from satdifuser.fuse.settings import FitSettings, SweepSettings
 from satdifuser.pipeline import Pipeline, validate_settings
 from satdifuser.stages import fit_all
 from satdifuser.store.encoding import encode
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import Hashes, LayerInfo
-from satdifuser.store.writer import TileRow, open_or_create
+from satdifuser.store.writer import TileRow
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 

@@ -25,8 +25,9 @@ from satdifuser.store.few_labels import (
     draw_tiles,
     parse_budgets,
 )
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore
-from satdifuser.store.writer import TileRow, open_or_create
+from satdifuser.store.writer import TileRow
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 NAMES = ["a", "b", "c", "d"]

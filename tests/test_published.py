@@ -31,9 +31,10 @@ from satdifuser.fuse.run_folder import Run, open_run
 from satdifuser.fuse.settings import FitSettings
 from satdifuser.pipeline import load_pipeline
 from satdifuser.store.encoding import encode
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import Attributes, LayerInfo
-from satdifuser.store.writer import TileRow, open_or_create
+from satdifuser.store.writer import TileRow
 
 THEIRS = {
     "source": {"kind": "geobench", "dataset": "m-cashew-plant", "partition": "default"},

@@ -37,9 +37,10 @@ from satdifuser.fuse.run_folder import load_weights, open_run
 from satdifuser.fuse.run_network import load_network
 from satdifuser.fuse.settings import FitSettings
 from satdifuser.store.encoding import encode
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import LayerInfo, group_layers
-from satdifuser.store.writer import TileRow, open_or_create
+from satdifuser.store.writer import TileRow
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 

@@ -31,19 +31,14 @@ from satdifuser.extract.device import share_memory
 from satdifuser.extract.run import Part, parse_part
 from satdifuser.extract.worker import Machine, check_versions, own_versions
 from satdifuser.pipeline import load_pipeline
-from satdifuser.store import writer as writing
+from satdifuser.store import opening
 from satdifuser.store.cluster import Cluster
 from satdifuser.store.lock import StoreLock, lock_file
+from satdifuser.store.opening import MOMENT_SECONDS, create_unless_there, open_or_create, open_part
 from satdifuser.store.reader import open_store
 from satdifuser.store.schema import Hashes
 from satdifuser.store.verify import verify
-from satdifuser.store.writer import (
-    MOMENT_SECONDS,
-    StoreWriter,
-    create_unless_there,
-    open_or_create,
-    open_part,
-)
+from satdifuser.store.writer import StoreWriter
 
 pytest.importorskip("distributed", reason="the extra dask is not installed")
 
@@ -195,7 +190,7 @@ def test_a_store_that_others_fill_is_not_waited_for(tmp_path: Path) -> None:
 def test_parts_wait_for_the_first_one_to_create_the_store_and_no_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, begun, create = tmp_path / "s.zarr", Event(), writing.create_store
+    path, begun, create = tmp_path / "s.zarr", Event(), opening.create_store
 
     def slowly(*given: Any) -> None:
         begun.set()
@@ -207,7 +202,7 @@ def test_parts_wait_for_the_first_one_to_create_the_store_and_no_longer(
         held.append(open_part(path, new_attributes()))  # and fills it
 
     held: list[StoreWriter] = []
-    monkeypatch.setattr(writing, "create_store", slowly)
+    monkeypatch.setattr(opening, "create_store", slowly)
     thread = Thread(target=first)
     thread.start()
     assert begun.wait(10)

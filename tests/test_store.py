@@ -24,6 +24,7 @@ from satdifuser.errors import SettingsError, StoreError
 from satdifuser.store import files
 from satdifuser.store.encoding import FORMS, decode, encode
 from satdifuser.store.metadata import seal
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore, open_store
 from satdifuser.store.schema import (
     Attributes,
@@ -35,7 +36,7 @@ from satdifuser.store.schema import (
 from satdifuser.store.settings import StoreSettings
 from satdifuser.store.summary import describe_store, format_store
 from satdifuser.store.verify import verify
-from satdifuser.store.writer import StoreWriter, TileRow, open_or_create
+from satdifuser.store.writer import StoreWriter, TileRow
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")  # but one test checks that it is asked for
 

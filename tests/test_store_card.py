@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from made_up import random_store
 
 from satdifuser.cli import cli
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import open_store
 from satdifuser.store.schema import LayerInfo
 from satdifuser.store.settings import Encoding
 from satdifuser.store.verify import verify
-from satdifuser.store.writer import open_or_create
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 

@@ -40,10 +40,11 @@ from satdifuser.errors import StoreError
 from satdifuser.store.encoding import encode
 from satdifuser.store.files import take_place
 from satdifuser.store.metadata import seal
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore, open_store
 from satdifuser.store.repair import repair
 from satdifuser.store.verify import verify
-from satdifuser.store.writer import WRITE_THREADS, TileRow, open_or_create
+from satdifuser.store.writer import WRITE_THREADS, TileRow
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 

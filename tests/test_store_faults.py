@@ -26,11 +26,11 @@ from made_up_store import build, contents, contents_or_refusal, flip, new_attrib
 from satdifuser.cli import cli
 from satdifuser.errors import StoreError
 from satdifuser.store.lock import StoreLock, lock_file
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import open_store
 from satdifuser.store.repair import repair
 from satdifuser.store.schema import LayerInfo
 from satdifuser.store.verify import inspect_store
-from satdifuser.store.writer import open_or_create
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 

@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from satdifuser.cli import cli
 from satdifuser.errors import StoreError
 from satdifuser.store import metadata
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore, open_store
 from satdifuser.store.repair import repair
 from satdifuser.store.verify import verify
-from satdifuser.store.writer import open_or_create
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
