@@ -45,10 +45,13 @@ from several_processes import rate_of
 from satdifuser.extract import run
 from satdifuser.extract.background import Background
 from satdifuser.extract.compute import Work, compute_shard
+from satdifuser.extract.device import stack_for
 from satdifuser.extract.job import Job
 from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import Plan, make_plan
-from satdifuser.extract.reading import ReadTile, read_ahead
+from satdifuser.extract.read_tile import ReadTile
+from satdifuser.extract.reader_process import ReaderProcess, reader_processes
+from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, FolderSettings
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.fuse.data import MapLoader
@@ -60,6 +63,7 @@ from satdifuser.store.device import device_name
 from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.settings import StoreSettings
+from satdifuser.store.writer import StoreWriter
 
 EPOCHS, FUSIONS = 40, ("global", "localized", "moe")
 TILES_OF_SHARD = 24  # or two batches, if batches are given: the default, up to 64, is much for a short run
@@ -77,6 +81,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=auto_or_count, default="auto")
     parser.add_argument("--readers", type=auto_or_count, default="auto", help="threads that read images")
+    parser.add_argument(
+        "--reader-processes", choices=["auto", "true", "false"], default="auto", help="one for each of them"
+    )
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--parts", default="abc", help="which of a, b, c, d and e")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="numbers of them for (e)")
@@ -88,14 +95,15 @@ def main() -> None:
         make_images(root / "images", args.tiles, args.pixels)
         bench = Bench(root, args)
         print(bench.describe())
-        if "a" in args.parts:
-            bench.against_the_bare_loop()
-        if "b" in args.parts:
-            bench.against_the_reference()
-        if "c" in args.parts:
-            bench.profile()
-        if "d" in args.parts:
-            bench.reading()
+        with reader_processes(bench.plan) as bench.readers:
+            if "a" in args.parts:
+                bench.against_the_bare_loop()
+            if "b" in args.parts:
+                bench.against_the_reference()
+            if "c" in args.parts:
+                bench.profile()
+            if "d" in args.parts:
+                bench.reading()
         if "e" in args.parts:
             bench.several_processes()
 
@@ -115,6 +123,7 @@ class Bench:
         self.tiles = len(self.plan.records)
         self.gpu = GpuWatch(self.device)
         self.store: Any = None  # the one that was written last
+        self.readers: list[ReaderProcess] = []
 
     def planned(self, noising: str) -> Plan:
         batch = self.args.batch
@@ -129,6 +138,7 @@ class Bench:
                     "batch_size": batch,
                     "threads": self.args.threads,
                     "read_threads": self.args.readers,
+                    "read_processes": self.args.reader_processes,
                     "compile": self.args.compile,
                 }
             ),
@@ -172,9 +182,12 @@ class Bench:
             self.creation = time.perf_counter() - began
             missing = writer.missing_shards()
             with self.gpu:
-                seconds = self.timed(lambda: run._fill(work, plan.source, plan.records, writer, missing))
+                seconds = self.timed(lambda: self.fill(work, plan, writer, missing))
         self.store = FeatureStore(path)
         return seconds
+
+    def fill(self, work: Work, plan: Plan, writer: StoreWriter, missing: list[int]) -> None:
+        run._fill(work, plan.source, plan.records, writer, missing, self.readers)
 
     @torch.no_grad()
     def bare_loop(self) -> None:
@@ -279,7 +292,8 @@ class Bench:
 
     def read_images(self) -> list[ReadTile]:
         """All tiles, as they are read ahead of the backbone."""
-        return list(read_ahead(self.work.job, self.plan.source, self.plan.image_size, self.plan.records))
+        plan = self.plan
+        return list(read_ahead(self.work.job, plan.source, plan.image_size, plan.records, self.readers))
 
     # --- (c)
 
@@ -297,7 +311,8 @@ class Bench:
 
         def encode_images() -> None:
             for part in batches():
-                extractor.latents(torch.stack([t.rgb for t in part]), [t.row.tile_id for t in part])
+                pictures = stack_for(self.device, [t.picture.rgb for t in part])
+                extractor.latents(pictures, [t.row.tile_id for t in part])
 
         def everything_but_writing() -> None:
             with Background("encode") as encoding:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from satdifuser.extract.compute import Work
+from satdifuser.extract.device import stack_for
 from satdifuser.extract.job import Job
 from satdifuser.extract.layers import Taps
 from satdifuser.extract.loading import load_work
@@ -73,7 +74,7 @@ def prepare(tiles: int, noising: str, layers: list[str]) -> tuple[Work, Callable
 
     def run() -> None:
         for batch in batches:
-            pictures = torch.stack([tile.rgb for tile in batch if tile.rgb is not None])
+            pictures = stack_for(work.extractor.backbone.device, [t.picture.rgb for t in batch if t.picture])
             work.extractor(pictures, [tile.row.tile_id for tile in batch])
 
     return work, run

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from satdifuser.errors import DeviceError
 from satdifuser.extract.compute import Work, launch_images, memory_message
-from satdifuser.extract.reading import ReadTile
+from satdifuser.extract.images import Prepared
+from satdifuser.extract.read_tile import ReadTile
 from satdifuser.store.writer import TileRow
 
 
@@ -51,7 +53,8 @@ def equal_parts(batch: int, per_shard: int) -> int:
 
 def fits_on_device(work: Work, tile_id: str, batch: int) -> bool:
     """Whether the device can hold two batches of this size: one is fetched while the next is computed."""
-    blank = ReadTile(TileRow(tile_id, "none"), None, torch.zeros(3, *work.image_size))
+    picture = Prepared(np.zeros((3, *work.image_size), np.float32), (0, 0), 0, 0)
+    blank = ReadTile(TileRow(tile_id, "none"), picture)
     try:
         under_way = [launch_images(work, [blank] * batch) for _ in range(2)]
         torch.cuda.synchronize(work.extractor.backbone.device)

@@ -20,7 +20,7 @@ from satdifuser.errors import ClusterError, SatDiFuserError
 from satdifuser.extract.changes import refuse_changed
 from satdifuser.extract.job import Job, fix_threads
 from satdifuser.extract.plan import Plan, make_plan, require_space
-from satdifuser.extract.reading import read_row
+from satdifuser.extract.read_tile import read_row
 from satdifuser.extract.run import ask_for_labels, planned_attributes, report_skipped, tell_what_is_there
 from satdifuser.extract.worker import Order, Report, extract_shard, own_versions, prepare, survey
 from satdifuser.store.cluster import CONNECT_SECONDS, Cluster
@@ -55,7 +55,9 @@ def extract_on_cluster(
         with open_or_create(out, attributes, overwrite) as writer:
             order = replace(order, job=job, store_id=writer.attributes.store_id)
             refuse_changed(
-                FeatureStore(out), plan.records, lambda record: read_row(job, plan.source, record)[0]
+                FeatureStore(out),
+                plan.records,
+                lambda record: read_row(plan.preparation, plan.source, record)[0],
             )
             tell_what_is_there(writer)
             done = _distribute(client, cluster, order, plan.records)

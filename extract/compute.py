@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 from satdifuser.errors import DeviceError, FeatureError
 from satdifuser.extract.background import Background
-from satdifuser.extract.device import Fetcher, Stopwatch
+from satdifuser.extract.device import Fetcher, Stopwatch, stack_for
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.images import Floats
 from satdifuser.extract.job import Job
-from satdifuser.extract.reading import ReadTile
+from satdifuser.extract.read_tile import ReadTile
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.store.device import device_name
 from satdifuser.store.encoding import FORMS, encode
@@ -143,8 +143,8 @@ def compute_shard(
     shard, waiting = Shard(), list[ReadTile]()
     for position, tile in enumerate(islice(tiles, count), start=1):
         shard.rows.append(tile.row)
-        if tile.prepared is not None:
-            values.add(tile.prepared)
+        if tile.picture is not None:
+            values.add(tile.picture)
             waiting.append(tile)
         if waiting and (len(waiting) == work.batch_size or position == count):
             before_batch()
@@ -212,7 +212,9 @@ def launch_images(
     Returns:
         What waits for the features and returns them.
     """
-    pictures = torch.stack([tile.rgb for tile in tiles if tile.rgb is not None])
+    pictures = stack_for(
+        work.extractor.backbone.device, [tile.picture.rgb for tile in tiles if tile.picture is not None]
+    )
     ids = [tile.row.tile_id for tile in tiles]
     return _launch(work, lambda extractor: extractor.latents(pictures, ids), ids, first, widened)
 

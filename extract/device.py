@@ -7,7 +7,7 @@ without waiting, results come back on a queue of their own, and only the thread 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,14 @@ def share_memory(device: torch.device, processes: int) -> None:
         named = None if device.index is None else device
         part = max(0.0, 1 / processes - CONTEXT_BYTES / total)
         torch.cuda.set_per_process_memory_fraction(part, named)
+
+
+def stack_for(device: torch.device, arrays: Sequence[NDArray[np.float32]]) -> Tensor:
+    """Stack arrays of one shape on the CPU, in memory from which a tensor goes to a device at once."""
+    shape = (len(arrays), *arrays[0].shape)
+    stacked = torch.empty(shape, pin_memory=device.type == "cuda")
+    np.stack(arrays, out=stacked.numpy())
+    return stacked
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -72,8 +80,7 @@ class Fetcher:
 
         def wait() -> Arrays:
             done.synchronize()
-            # page-locked memory is scarce: a shard does not wait for the disk in it
-            return {name: copy.numpy().copy() for name, copy in copies.items()}
+            return {name: copy.numpy() for name, copy in copies.items()}
 
         return wait
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from satdifuser.errors import StoreError
 from satdifuser.extract.background import Background
 from satdifuser.extract.compute import Work, compute_shard, launch_latents
-from satdifuser.extract.reading import read_ahead, read_row
+from satdifuser.extract.read_tile import read_row
+from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.store.copy import tile_rows
@@ -149,7 +150,7 @@ def _from_images(
 
 
 def _relabelled(work: Work, source: Source, record: TileRecord, held: TileRow) -> TileRow:
-    row, _ = read_row(work.job, source, record)
+    row, _ = read_row(work.job.preparation(work.image_size), source, record)
     _require_same_image(row, held)
     return replace(row, latents=held.latents)
 

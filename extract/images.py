@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
@@ -34,11 +35,16 @@ class Prepared:
     rgb: Floats  # (3, H, W)
     raw_range: tuple[float, float]  # lowest and highest value with data
     clipped_share: float  # of the values with data
+    brightest: float  # of RGB
 
     @property
     def digest(self) -> str:
         """SHA-256 of the picture's bytes."""
         return hashlib.sha256(self.rgb.tobytes()).hexdigest()
+
+    def at(self, size: tuple[int, int]) -> Prepared:
+        """The same tile with its picture at another size (H, W) px, see `resize`."""
+        return replace(self, rgb=resize(torch.from_numpy(self.rgb)[None], size)[0].numpy())
 
 
 def to_rgb(tile: Tile, settings: ImageSettings) -> Prepared:
@@ -90,7 +96,7 @@ def scale_to_rgb(tile: Tile, settings: ImageSettings) -> Prepared:
     rgb: Floats = np.clip(scaled, 0, 1)
     if where is valid:
         rgb[:, ~valid] = rgb[:, valid].mean(axis=1, keepdims=True)
-    return Prepared(rgb, raw_range, float(clipped.mean()))
+    return Prepared(rgb, raw_range, float(clipped.mean()), float(rgb.max()))
 
 
 def band_positions(tile: Tile, bands: Sequence[int | str] | None) -> list[int]:

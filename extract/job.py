@@ -23,6 +23,7 @@ from satdifuser.extract.images import COLOUR_STATISTICS
 from satdifuser.extract.layers import select_layers
 from satdifuser.extract.metadata import count_missing
 from satdifuser.extract.noising import SEED_RULE, check_timesteps, resolve_timesteps
+from satdifuser.extract.read_tile import Preparation
 from satdifuser.extract.settings import (
     BackboneSettings,
     ExtractSettings,
@@ -62,6 +63,10 @@ class Job:
     def images(self) -> ImageSettings:
         """How raw values become RGB."""
         return image_settings(self.source_settings)
+
+    def preparation(self, image_size: tuple[int, int]) -> Preparation:
+        """How tiles are prepared for a backbone that sees them at a size (H, W) px."""
+        return Preparation(self.images, self.store.previews, image_size)
 
     def with_batch(self, tiles: int) -> Job:
         """The same job in batches of so many tiles."""

@@ -16,6 +16,7 @@ from satdifuser.errors import StoreError
 from satdifuser.extract.backbone import BackboneInfo, find_backbone
 from satdifuser.extract.job import Job, fix_automatic, plan_layers, tile_size, tiles_per_shard
 from satdifuser.extract.noising import inversion_grid, resolve_timesteps
+from satdifuser.extract.read_tile import Preparation
 from satdifuser.extract.sources import list_tiles, open_source
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.store.layout import packed_width
@@ -49,6 +50,11 @@ class Plan:
     def timesteps(self) -> list[int]:
         """The timesteps, ascending."""
         return resolve_timesteps(self.job.settings.timesteps)
+
+    @property
+    def preparation(self) -> Preparation:
+        """How tiles are prepared."""
+        return self.job.preparation(self.image_size)
 
     @property
     def kept(self) -> list[LayerInfo]:

@@ -25,7 +25,9 @@ from satdifuser.extract.cost import ShardCost
 from satdifuser.extract.job import Job, new_attributes
 from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import Plan, make_plan, require_space
-from satdifuser.extract.reading import read_ahead, read_row
+from satdifuser.extract.read_tile import read_row
+from satdifuser.extract.reader_process import ReaderProcess, reader_processes
+from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.store.files import discard
@@ -95,25 +97,29 @@ def extract(
     plan = make_plan(job, out, overwrite)
     if not ignore_free_space:
         require_space(plan)
-    work = load_work(plan)
-    attributes = planned_attributes(plan, work.job, work.extractor.backbone.loaded, overwrite)
-    if part:
-        create_unless_there(out, attributes)
-        if FeatureStore(out).attributes.planned != attributes.planned:  # begun elsewhere, with its own `auto`
-            plan = make_plan(job, out)
-            work = load_work(plan)
-            attributes = planned_attributes(plan, work.job, work.extractor.backbone.loaded)
-    with open_part(out, attributes) if part else open_or_create(out, attributes, overwrite) as writer:
-        refuse_changed(
-            FeatureStore(out), plan.records, lambda record: read_row(plan.job, plan.source, record)[0]
-        )
-        missing = writer.missing_shards()
-        _fill(work, plan.source, plan.records, writer, part.shards(missing) if part else missing)
-        store = FeatureStore(out)
+    with reader_processes(plan) as readers:  # which start while the backbone is loaded
+        work = load_work(plan)
+        attributes = planned_attributes(plan, work.job, work.extractor.backbone.loaded, overwrite)
         if part:
-            part.tell(store.missing_shards())
-        if not store.missing_shards():
-            report_skipped(store)
+            create_unless_there(out, attributes)
+            if FeatureStore(out).attributes.planned != attributes.planned:  # begun with another `auto`
+                plan = make_plan(job, out)
+                work = load_work(plan)
+                attributes = planned_attributes(plan, work.job, work.extractor.backbone.loaded)
+        with open_part(out, attributes) if part else open_or_create(out, attributes, overwrite) as writer:
+            refuse_changed(
+                FeatureStore(out),
+                plan.records,
+                lambda record: read_row(plan.preparation, plan.source, record)[0],
+            )
+            missing = writer.missing_shards()
+            wanted = part.shards(missing) if part else missing
+            _fill(work, plan.source, plan.records, writer, wanted, readers)
+            store = FeatureStore(out)
+            if part:
+                part.tell(store.missing_shards())
+            if not store.missing_shards():
+                report_skipped(store)
     return store
 
 
@@ -128,7 +134,12 @@ def planned_attributes(plan: Plan, job: Job, loaded: LoadedModel, overwrite: boo
 
 
 def _fill(
-    work: Work, source: Source, records: Sequence[TileRecord], writer: StoreWriter, missing: Sequence[int]
+    work: Work,
+    source: Source,
+    records: Sequence[TileRecord],
+    writer: StoreWriter,
+    missing: Sequence[int],
+    readers: Sequence[ReaderProcess],
 ) -> None:
     """Compute some shards; each is written while the next ones are computed."""
     tell_what_is_there(writer)
@@ -141,7 +152,7 @@ def _fill(
         ) as bar,
         Background("encode") as encoding,
         Background("write", waiting=1) as writing,  # a shard may be one batch: the device needs its next one
-        closing(read_ahead(work.job, source, work.image_size, todo)) as tiles,
+        closing(read_ahead(work.job, source, work.image_size, todo, readers)) as tiles,
     ):
         cost = ShardCost(work)
         for shard, (start, stop) in ranges.items():

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import rasterio
-import torch
 from numpy.typing import NDArray
 
 from satdifuser.extract.background import Background
 from satdifuser.extract.compute import Shard, Work, compute_batch
-from satdifuser.extract.images import band_positions, resize, scale_to_rgb
+from satdifuser.extract.images import band_positions, scale_to_rgb
 from satdifuser.extract.metadata import collect_metadata
-from satdifuser.extract.reading import ReadTile
+from satdifuser.extract.read_tile import ReadTile
 from satdifuser.extract.sources.files import Header, raster_window, valid_pixels
 from satdifuser.extract.sources.grid import pad_edge, pad_with, shift
 from satdifuser.extract.sources.tile import Tile, TileRecord
@@ -121,8 +120,8 @@ class SceneFeatures:
         record = tile_record(self.scene, self.header, self.grid, top, left)
         prepared = scale_to_rgb(Tile(record, image, valid), self._chosen)
         self.values.add(prepared)
-        rgb = resize(torch.from_numpy(prepared.rgb)[None], self.work.image_size)[0]
-        return SceneTile(column, record, valid, ReadTile(TileRow(record.tile_id, "none"), prepared, rgb))
+        read = ReadTile(TileRow(record.tile_id, "none"), prepared.at(self.work.image_size))
+        return SceneTile(column, record, valid, read)
 
     def _read_strip(self, window: tuple[int, int, int, int]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Red, green and blue of a window as stored (3, h, w), and where they hold data (h, w)."""

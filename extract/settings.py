@@ -182,6 +182,7 @@ class ExtractSettings(Settings):
     threads: PositiveInt | Literal["auto"] = "auto"
     compile: bool = False
     read_threads: PositiveInt | Literal["auto"] = "auto"
+    read_processes: bool | Literal["auto"] = "auto"
 
     @field_validator("guidance")
     @classmethod

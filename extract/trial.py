@@ -12,6 +12,7 @@ from satdifuser.extract.background import Background
 from satdifuser.extract.compute import Work, compute_shard
 from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import Plan
+from satdifuser.extract.reader_process import ReaderProcess, reader_processes
 from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
@@ -48,25 +49,32 @@ def time_batches(plan: Plan) -> Trial:
     Raises:
         SatDiFuserError: what would have ended the extraction too.
     """
-    work = load_work(plan)
-    batch = work.batch_size
-    batches = [plan.left[start : start + batch] for start in range(0, len(plan.left), batch)]
-    chosen = batches[:: max(1, len(batches) // (TIMED_BATCHES + 1))][: TIMED_BATCHES + 1]
     values = ValueRange(plan.job.images)
-    warming = _seconds(work, plan.source, chosen[0], values)
-    affordable = max(1, int(LONGEST_SECONDS / warming))
-    timed = [record for records in (chosen[1:] or chosen)[:affordable] for record in records]
-    trial = Trial(len(timed), _seconds(work, plan.source, timed, values))
+    with reader_processes(plan) as readers:
+        work = load_work(plan)
+        batch = work.batch_size
+        batches = [plan.left[start : start + batch] for start in range(0, len(plan.left), batch)]
+        chosen = batches[:: max(1, len(batches) // (TIMED_BATCHES + 1))][: TIMED_BATCHES + 1]
+        warming = _seconds(work, plan.source, chosen[0], values, readers)
+        affordable = max(1, int(LONGEST_SECONDS / warming))
+        timed = [record for records in (chosen[1:] or chosen)[:affordable] for record in records]
+        trial = Trial(len(timed), _seconds(work, plan.source, timed, values, readers))
     if warning := values.warning():
         print(warning, file=sys.stderr)
     return trial
 
 
-def _seconds(work: Work, source: Source, records: Sequence[TileRecord], values: ValueRange) -> float:
+def _seconds(
+    work: Work,
+    source: Source,
+    records: Sequence[TileRecord],
+    values: ValueRange,
+    readers: Sequence[ReaderProcess],
+) -> float:
     began = time.perf_counter()
     with (
         Background("encode") as encoding,
-        closing(read_ahead(work.job, source, work.image_size, records)) as tiles,
+        closing(read_ahead(work.job, source, work.image_size, records, readers)) as tiles,
     ):
         compute_shard(work, tiles, len(records), values, encoding, encoding.check)
     return time.perf_counter() - began

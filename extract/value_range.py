@@ -29,7 +29,7 @@ class ValueRange:
     def add(self, tile: Prepared) -> None:
         """Take note of one more tile."""
         self.tiles += 1
-        self.dark += bool(tile.rgb.max() < DARK)
+        self.dark += tile.brightest < DARK
         self.clipped += tile.clipped_share
         self.low = min(self.low, tile.raw_range[0])
         self.high = max(self.high, tile.raw_range[1])

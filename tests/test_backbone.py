@@ -20,7 +20,7 @@ from satdifuser.extract.compute import check_finite, largest
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.job import Job, fix_automatic, plan_layers, tile_size
 from satdifuser.extract.layers import select_layers
-from satdifuser.extract.reading import read_row
+from satdifuser.extract.read_tile import read_row
 from satdifuser.extract.run import extract
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, SyntheticSettings
 from satdifuser.extract.sources import TileRecord, list_tiles, open_source
@@ -251,7 +251,7 @@ def test_store_holds_what_the_extractor_computes(folder: Path, backbone: Backbon
     records = list_tiles(source)
     assert store.tiles["tile_id"].tolist() == [record.tile_id for record in records]
     run = extractor(backbone)
-    rgb = np.stack([read_row(job, source, record)[1].rgb for record in records[4:7]])
+    rgb = np.stack([read_row(job.preparation((16, 24)), source, record)[1].rgb for record in records[4:7]])
     expected = run(torch.from_numpy(rgb), [record.tile_id for record in records[4:7]])
     stored = store.maps(np.arange(4, 7))
     for name, positions in group_layers(run.layers).items():

@@ -95,7 +95,7 @@ def test_passes_are_those_the_network_makes(
     work = load_work(planned)
     sent: list[int] = []
     work.extractor.backbone.unet.register_forward_pre_hook(lambda _, args: sent.append(len(args[0])))
-    trial._seconds(work, planned.source, planned.records, trial.ValueRange(planned.job.images))
+    trial._seconds(work, planned.source, planned.records, trial.ValueRange(planned.job.images), [])
     assert planned.passes_per_tile == passes
     assert sum(sent) == passes * len(planned.records)
 
@@ -181,7 +181,7 @@ def test_the_trial_sends_real_tiles_and_writes_nothing(
 def test_a_slow_backbone_is_timed_on_one_batch(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "_seconds", lambda work, source, records, values: 50.0)
+    monkeypatch.setattr(trial, "_seconds", lambda work, source, records, values, readers: 50.0)
     large = replace(job(folder), source_settings=SyntheticSettings(tiles=40, tile_size=16))
     timed = trial.time_batches(make_plan(large, tmp_path / "s.zarr"))
     assert (timed.tiles, timed.seconds_for(40)) == (2, 1000)

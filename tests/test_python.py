@@ -163,7 +163,7 @@ def test_a_store_names_what_presets_and_autos_became(store: FeatureStore) -> Non
     assert settings["extract"]["timesteps"] == [21, 61]
     assert settings["store"]["tiles_per_shard"] == store.attributes.tiles_per_shard
     stages = {section: dict(settings[section]) for section in ("source", "backbone", "extract", "store")}
-    del stages["extract"]["read_threads"]  # of the machine; shapes nothing
+    del stages["extract"]["read_threads"], stages["extract"]["read_processes"]  # of the machine
     assert "auto" not in str(stages)
 
 

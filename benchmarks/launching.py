@@ -1,0 +1,113 @@
+"""What the reading of images costs the thread that launches a GPU's work.
+
+    python benchmarks/launching.py [--readers 1] [--rounds 5] [--launches 3000]
+
+A GPU does its work in order; a thread hands it some thousand operations a batch, and has to be ahead of it.
+Here that thread adds small tensors on the CPU, which costs the interpreter what a launch does. Measured in
+turns: alone, while threads of this process read tiles (256 px PNG files), and while each of these threads has
+a process read for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # Python leaves it out where PYTHONSAFEPATH is set
+from made_up_backbone import make_images
+
+from satdifuser.extract.job import Job
+from satdifuser.extract.plan import Plan, make_plan
+from satdifuser.extract.reader_process import reader_processes
+from satdifuser.extract.reading import read_ahead
+from satdifuser.extract.settings import BackboneSettings, ExtractSettings, FolderSettings
+from satdifuser.store.settings import StoreSettings
+
+TILES, PIXELS = 184, 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--readers", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--launches", type=int, default=3000)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, list[tuple[float, float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        make_images(Path(folder), TILES, PIXELS)
+        for _ in range(args.rounds):
+            found.setdefault("alone", []).append((timed(args.launches), 0))
+            for way, own in (("threads", False), ("processes", True)):
+                plan = planned(Path(folder), args.readers, own)
+                with reading(plan) as tiles:
+                    began, before = time.perf_counter(), tiles[0]
+                    seconds = timed(args.launches)
+                    rate = (tiles[0] - before) / (time.perf_counter() - began)
+                found.setdefault(way, []).append((seconds, rate))
+    for way, pairs in found.items():
+        seconds, rates = (statistics.median(numbers) for numbers in zip(*pairs, strict=True))
+        slower = [pair[0] / alone[0] for pair, alone in zip(pairs, found["alone"], strict=True)]
+        print(
+            f"{way:10} {1e3 * seconds:6.1f} ms for {args.launches} launches, {statistics.median(slower):.1f} "
+            f"times as long ({min(slower):.1f} to {max(slower):.1f}); {rate_text(rates)}"
+        )
+
+
+def rate_text(rate: float) -> str:
+    return f"{rate:.0f} tiles/s are read" if rate else "nothing is read"
+
+
+def planned(folder: Path, readers: int, processes: bool) -> Plan:
+    settings = ExtractSettings(threads=1, read_threads=readers, read_processes=processes)
+    source = FolderSettings(kind="folder", root=folder)
+    return make_plan(Job(source, BackboneSettings(), settings, StoreSettings()), folder / "none.zarr")
+
+
+@contextmanager
+def reading(plan: Plan) -> Iterator[list[int]]:
+    """Let tiles be read, again and again; yields their number so far."""
+    ended, count = threading.Event(), [0]
+    with reader_processes(plan) as readers:
+
+        def read() -> None:
+            while not ended.is_set():
+                with closing(read_ahead(plan.job, plan.source, plan.image_size, plan.records, readers)) as tiles:
+                    for _ in tiles:
+                        count[0] += 1
+                        if ended.is_set():
+                            return
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        while count[0] < TILES // 4:  # processes take some time to start
+            time.sleep(0.01)
+        try:
+            yield count
+        finally:
+            ended.set()
+            thread.join()
+
+
+def timed(launches: int, repeats: int = 20) -> float:
+    """Seconds of some launches; the median of some repeats."""
+    small, found = torch.randn(64), []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in range(launches):
+            torch.add(small, 1.0)
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
+
+
+if __name__ == "__main__":
+    main()

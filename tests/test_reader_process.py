@@ -1,0 +1,233 @@
+"""Processes that read images: the same tiles as threads read, errors in turn, and what is left when one dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import fields
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from made_up import image_folder
+
+from satdifuser.errors import ImageError, SourceError
+from satdifuser.extract import reader_process
+from satdifuser.extract.job import Job
+from satdifuser.extract.plan import Plan, make_plan
+from satdifuser.extract.read_tile import ReadTile
+from satdifuser.extract.reader_process import ReaderProcess, reader_processes, receive, send
+from satdifuser.extract.reading import read_ahead
+from satdifuser.extract.run import extract
+from satdifuser.extract.settings import (
+    BackboneSettings,
+    ExtractSettings,
+    FolderSettings,
+    SourceSettings,
+    SyntheticSettings,
+)
+from satdifuser.store.reader import FeatureStore
+from satdifuser.store.settings import StoreSettings
+
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
+PATIENCE_S = 120
+
+
+def planned(source: SourceSettings, out: Path, **chosen: Any) -> Plan:
+    found = {"threads": 1, "batch_size": 4, "read_threads": 2, "read_processes": True} | chosen
+    extract_settings = ExtractSettings.model_validate(
+        {"timesteps": [21], "layers": ["up_blocks.1.*attn1"], "image_size": 64} | found
+    )
+    job = Job(source, BackboneSettings(device="cpu"), extract_settings, StoreSettings(tiles_per_shard=4))
+    return make_plan(job, out)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> FolderSettings:
+    image_folder(tmp_path / "images", {"land": 6, "sea": 5})
+    return FolderSettings(kind="folder", root=tmp_path / "images")
+
+
+def read(plan: Plan, processes: list[ReaderProcess]) -> list[ReadTile]:
+    with closing(read_ahead(plan.job, plan.source, plan.image_size, plan.records, processes)) as tiles:
+        return list(tiles)
+
+
+def as_values(tile: ReadTile) -> dict[str, Any]:
+    """All that is known of a tile, comparable."""
+    found: dict[str, Any] = {field.name: getattr(tile.row, field.name) for field in fields(tile.row)}
+    if tile.picture is not None:
+        found |= {
+            f"picture.{field.name}": getattr(tile.picture, field.name) for field in fields(tile.picture)
+        }
+    return {
+        name: (value.dtype.str, value.tolist()) if isinstance(value, np.ndarray) else repr(value)
+        for name, value in found.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["folder", "segmentation"])
+def test_processes_read_what_threads_read(kind: str, folder: FolderSettings, tmp_path: Path) -> None:
+    source = folder if kind == "folder" else SyntheticSettings(task="segmentation", tiles=9, tile_size=32)
+    plan = planned(source, tmp_path / "s.zarr")
+    with reader_processes(plan) as processes:
+        assert len(processes) == 2
+        found = read(plan, processes)
+        assert [tile.row.tile_id for tile in read(plan, processes)] == [r.tile_id for r in plan.records]
+    expected = read(plan, [])
+    assert [as_values(tile) for tile in found] == [as_values(tile) for tile in expected]
+    assert found[0].picture is not None
+    assert found[0].picture.rgb.shape == (3, 64, 64)
+
+
+def test_features_are_those_of_threads(folder: FolderSettings, tmp_path: Path) -> None:
+    digests = set()
+    for own in (True, False):
+        plan = planned(folder, tmp_path / f"{own}.zarr", read_processes=own)
+        digests.add(extract(plan.job, plan.out).content_digest())
+    assert len(digests) == 1
+
+
+def test_a_broken_image_is_told_when_its_turn_comes(folder: FolderSettings, tmp_path: Path) -> None:
+    plan = planned(folder, tmp_path / "s.zarr")
+    broken = Path(plan.records[6].path)
+    broken.write_bytes(broken.read_bytes()[:60])
+    found = []
+    with reader_processes(plan) as processes, pytest.raises(ImageError, match=rf"^{broken}: cannot be read"):
+        for tile in read_ahead(plan.job, plan.source, plan.image_size, plan.records, processes):
+            found.append(tile)  # noqa: PERF402
+    assert len(found) == 6
+
+
+def test_a_process_that_was_killed(folder: FolderSettings, tmp_path: Path) -> None:
+    plan = planned(folder, tmp_path / "s.zarr")
+    with reader_processes(plan) as processes:
+        for process in processes:
+            process._process.send_signal(signal.SIGKILL)
+            process._process.wait()
+        message = (
+            f"^tile {plan.records[0].tile_id}: a process that reads images has ended \\(signal 9\\); what is "
+            r"committed is kept: .* smaller extract.read_threads, or with extract.read_processes=false$"
+        )
+        with pytest.raises(SourceError, match=message):
+            read(plan, processes)
+
+
+def test_what_a_process_prints_does_not_get_into_its_answers(
+    folder: FolderSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noisy = "import satdifuser.extract.sources.folder as f; g = f.read_pixels; "
+    noisy += "f.read_pixels = lambda path: (print('a word'), g(path))[1]; "
+    first, last = reader_process.PROGRAM.rsplit("; ", 1)
+    monkeypatch.setattr(reader_process, "PROGRAM", f"{first}; {noisy}{last}")
+    plan = planned(folder, tmp_path / "s.zarr")
+    with reader_processes(plan) as processes:
+        assert len(read(plan, processes)) == 11
+
+
+def test_when_there_are_processes(
+    folder: FolderSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_process, "cores", lambda: 12)
+    out = tmp_path / "s.zarr"
+    count = reader_process._count
+    assert count(planned(folder, out, read_threads="auto")) == 6
+    assert count(planned(folder, out, read_threads=3)) == 3
+    assert count(planned(folder, out, read_processes="auto")) == 0  # on a CPU
+    assert count(planned(folder, out, read_processes=False)) == 0
+    own_code = planned(folder, out)
+    own_code.source.thread_safe = False
+    assert count(own_code) == 0
+    on_gpu = planned(folder, out, read_processes="auto")
+    object.__setattr__(on_gpu.job, "backbone_settings", BackboneSettings(device="cuda:1"))
+    assert count(on_gpu) == 2
+    extract(planned(folder, out, read_processes=False).job, out)
+    assert count(planned(folder, out)) == 0  # nothing is left to read
+
+
+def children_of(process: int) -> list[int]:
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(word) for task in tasks for word in task.read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists child processes as Linux does")
+def test_processes_end_with_the_one_that_began_them_and_free_the_store(tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    chosen = {
+        "source.kind": "synthetic",
+        "source.tiles": 60,
+        "source.tile_size": 32,
+        "extract.threads": 1,
+        "extract.read_processes": "true",
+        "extract.read_threads": 2,
+        "extract.timesteps": "[21]",
+        "extract.layers": "['up_blocks.1.*attn1']",
+        "store.tiles_per_shard": 1,
+    }
+    words = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
+    command = [sys.executable, "-m", "satdifuser", "extract", "-o", str(out), *words]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            while not (out / "commits/c/2").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            readers = children_of(process.pid)
+        finally:
+            process.kill()
+            process.wait()
+    assert len(readers) == 2, (tmp_path / "log").read_text()
+    assert FeatureStore(out).missing_shards()
+    while any(map(is_alive, readers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(is_alive, readers))
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not FeatureStore(out).missing_shards()
+
+
+def is_alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+# --- what goes between both
+
+ANY_ARRAY = arrays.arrays(
+    st.sampled_from([np.uint8, np.float32, np.bool_, np.int32]),
+    arrays.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=5),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(ANY_ARRAY, ANY_ARRAY.map(np.transpose), st.text(max_size=5)), max_size=4))
+def test_values_arrive_as_they_were_sent(values: list[Any]) -> None:
+    pipe = BytesIO()
+    send(pipe, values)
+    pipe.seek(0)
+    found = receive(pipe)
+    assert len(found) == len(values)
+    for value, there in zip(values, found, strict=True):
+        if isinstance(value, str):
+            assert there == value
+        else:
+            assert (there.dtype, there.flags.writeable) == (value.dtype, True)
+            np.testing.assert_array_equal(there, value)
+
+
+def test_an_answer_that_breaks_off() -> None:
+    pipe = BytesIO()
+    send(pipe, np.arange(100))
+    for length in (0, 4, 8, 20, len(pipe.getvalue()) - 1):
+        with pytest.raises(EOFError):
+            receive(BytesIO(pipe.getvalue()[:length]))
