@@ -50,7 +50,7 @@ from satdifuser.extract.job import Job
 from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import Plan, make_plan
 from satdifuser.extract.read_tile import ReadTile
-from satdifuser.extract.reader_process import ReaderProcess, reader_processes
+from satdifuser.extract.readers import Readers, started_readers
 from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, FolderSettings
 from satdifuser.extract.value_range import ValueRange
@@ -95,7 +95,7 @@ def main() -> None:
         make_images(root / "images", args.tiles, args.pixels)
         bench = Bench(root, args)
         print(bench.describe())
-        with reader_processes(bench.plan) as bench.readers:
+        with started_readers(bench.plan) as bench.readers:
             if "a" in args.parts:
                 bench.against_the_bare_loop()
             if "b" in args.parts:
@@ -123,7 +123,7 @@ class Bench:
         self.tiles = len(self.plan.records)
         self.gpu = GpuWatch(self.device)
         self.store: Any = None  # the one that was written last
-        self.readers: list[ReaderProcess] = []
+        self.readers: Readers | None = None
 
     def planned(self, noising: str) -> Plan:
         batch = self.args.batch

@@ -27,7 +27,7 @@ from made_up_backbone import make_images
 
 from satdifuser.extract.job import Job
 from satdifuser.extract.plan import Plan, make_plan
-from satdifuser.extract.reader_process import reader_processes
+from satdifuser.extract.readers import started_readers
 from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, FolderSettings
 from satdifuser.store.settings import StoreSettings
@@ -77,11 +77,13 @@ def planned(folder: Path, readers: int, processes: bool) -> Plan:
 def reading(plan: Plan) -> Iterator[list[int]]:
     """Let tiles be read, again and again; yields their number so far."""
     ended, count = threading.Event(), [0]
-    with reader_processes(plan) as readers:
+    with started_readers(plan) as readers:
 
         def read() -> None:
             while not ended.is_set():
-                with closing(read_ahead(plan.job, plan.source, plan.image_size, plan.records, readers)) as tiles:
+                with closing(
+                    read_ahead(plan.job, plan.source, plan.image_size, plan.records, readers)
+                ) as tiles:
                     for _ in tiles:
                         count[0] += 1
                         if ended.is_set():

@@ -21,6 +21,7 @@ from satdifuser.extract.changes import refuse_changed
 from satdifuser.extract.job import Job, fix_threads
 from satdifuser.extract.plan import Plan, make_plan, require_space
 from satdifuser.extract.read_tile import read_row
+from satdifuser.extract.readers import processes_wanted
 from satdifuser.extract.run import ask_for_labels, planned_attributes, report_skipped, tell_what_is_there
 from satdifuser.extract.worker import Order, Report, extract_shard, own_versions, prepare, survey
 from satdifuser.store.cluster import CONNECT_SECONDS, Cluster
@@ -78,9 +79,8 @@ def _order(
     machine = client.submit(survey, versions, job.backbone_settings.device, pure=False).result()
     backbone = job.backbone_settings.model_copy(update={"device": machine.device})
     asked = replace(job, backbone_settings=backbone)
-    plan = make_plan(
-        fix_threads(asked, out, overwrite, machine.cores // max(cluster.workers, 1)), out, overwrite
-    )
+    cores = machine.cores // max(cluster.workers, 1)  # of each worker
+    plan = make_plan(fix_threads(asked, out, overwrite, cores), out, overwrite)
     if not ignore_free_space:
         require_space(plan)
     return plan, Order(
@@ -93,6 +93,7 @@ def _order(
         per_shard=plan.tiles_per_shard,
         versions=versions,
         processes_per_gpu=machine.processes_per_gpu(cluster.workers),
+        reader_processes=processes_wanted(plan.job, plan.source, cores),
     )
 
 

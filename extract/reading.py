@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from queue import SimpleQueue
 
 import torch
 from threadpoolctl import threadpool_limits
 
 from satdifuser.extract.job import Job
 from satdifuser.extract.read_tile import ReadTile, read_tiles
-from satdifuser.extract.reader_process import ReaderProcess
+from satdifuser.extract.readers import Readers
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.store.device import cores
 
@@ -25,7 +24,7 @@ def read_ahead(
     source: Source,
     image_size: tuple[int, int],
     records: Sequence[TileRecord],
-    processes: Sequence[ReaderProcess] = (),
+    readers: Readers | None = None,
 ) -> Generator[ReadTile]:
     """Yield tiles in order while threads read those of the next two batches.
 
@@ -34,29 +33,20 @@ def read_ahead(
         source: Reads them.
         image_size: (H, W) px at which the backbone sees them.
         records: The tiles.
-        processes: What reads them in place of this process, each for a thread.
+        readers: Processes that read them in place of this one.
 
     Raises:
         ImageError: when its turn comes, a tile that cannot be used, where ``on_error`` is not skip.
         SourceError: a process that reads ended.
     """
-    threads = len(processes) or read_threads(job, source)
+    threads = readers.count if readers else read_threads(job, source)
     most = max(threads, -(-2 * int(job.settings.batch_size) // TILES_AT_ONCE))
     parts = iter([records[i : i + TILES_AT_ONCE] for i in range(0, len(records), TILES_AT_ONCE)])
     waiting: deque[Future[list[ReadTile | Exception]]] = deque()
     preparation = job.preparation(image_size)
-    idle = SimpleQueue[ReaderProcess]()
-    for process in processes:
-        idle.put(process)
 
     def read(part: Sequence[TileRecord]) -> list[ReadTile | Exception]:
-        if not processes:
-            return read_tiles(preparation, source, part)
-        process = idle.get()
-        try:
-            return process.read(part)
-        finally:
-            idle.put(process)  # one that has ended says so again
+        return readers.read(part) if readers else read_tiles(preparation, source, part)
 
     with ThreadPoolExecutor(threads, "read", initializer=_one_core) as pool:
         try:

@@ -26,7 +26,7 @@ from satdifuser.extract.job import Job, new_attributes
 from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import Plan, make_plan, require_space
 from satdifuser.extract.read_tile import read_row
-from satdifuser.extract.reader_process import ReaderProcess, reader_processes
+from satdifuser.extract.readers import Readers, started_readers
 from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
@@ -97,7 +97,7 @@ def extract(
     plan = make_plan(job, out, overwrite)
     if not ignore_free_space:
         require_space(plan)
-    with reader_processes(plan) as readers:  # which start while the backbone is loaded
+    with started_readers(plan) as readers:  # which start while the backbone is loaded
         work = load_work(plan)
         attributes = planned_attributes(plan, work.job, work.extractor.backbone.loaded, overwrite)
         if part:
@@ -139,7 +139,7 @@ def _fill(
     records: Sequence[TileRecord],
     writer: StoreWriter,
     missing: Sequence[int],
-    readers: Sequence[ReaderProcess],
+    readers: Readers | None,
 ) -> None:
     """Compute some shards; each is written while the next ones are computed."""
     tell_what_is_there(writer)

@@ -12,7 +12,7 @@ from satdifuser.extract.background import Background
 from satdifuser.extract.compute import Work, compute_shard
 from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import Plan
-from satdifuser.extract.reader_process import ReaderProcess, reader_processes
+from satdifuser.extract.readers import Readers, started_readers
 from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
@@ -50,7 +50,7 @@ def time_batches(plan: Plan) -> Trial:
         SatDiFuserError: what would have ended the extraction too.
     """
     values = ValueRange(plan.job.images)
-    with reader_processes(plan) as readers:
+    with started_readers(plan) as readers:
         work = load_work(plan)
         batch = work.batch_size
         batches = [plan.left[start : start + batch] for start in range(0, len(plan.left), batch)]
@@ -69,7 +69,7 @@ def _seconds(
     source: Source,
     records: Sequence[TileRecord],
     values: ValueRange,
-    readers: Sequence[ReaderProcess],
+    readers: Readers | None,
 ) -> float:
     began = time.perf_counter()
     with (

@@ -27,6 +27,7 @@ from satdifuser.extract.device import fix_arithmetic, share_memory
 from satdifuser.extract.job import Job
 from satdifuser.extract.loading import prepare_work
 from satdifuser.extract.metadata import collect_metadata
+from satdifuser.extract.readers import Readers
 from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.sources import Source, open_source
 from satdifuser.extract.sources.tile import TileRecord
@@ -37,7 +38,7 @@ from satdifuser.store.writer import StoreWriter
 
 PACKAGES = ("satdifuser", "torch", "diffusers", "numpy")  # that make the last bits
 _loading, _computing, _under_way = Lock(), Lock(), BoundedSemaphore(2)
-_loaded: dict[str, tuple[Work, Source]] = {}  # of the one extraction that this process works for
+_loaded: dict[str, Loaded] = {}  # of the one extraction that this process works for
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ class Order:
     per_shard: int
     versions: dict[str, str]
     processes_per_gpu: int = 1
+    reader_processes: int = 0  # of each worker
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a worker keeps from shard to shard."""
+
+    work: Work
+    source: Source
+    readers: Readers | None
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,7 @@ def survey(versions: dict[str, str], asked: str) -> Machine:
 def prepare(order: Order, first: TileRecord) -> tuple[int, LoadedModel]:
     """Load the backbone: the batch size, found by trial where it was open, and what identifies it."""
     check_versions(order.versions)
-    work, _ = _work_of(order, [first])
+    work = _load(order, [first]).work
     return work.batch_size, work.extractor.backbone.loaded
 
 
@@ -145,12 +156,14 @@ def extract_shard(order: Order, shard: int, records: list[TileRecord]) -> Report
     """
     check_versions(order.versions)
     with _under_way:
-        work, source = _work_of(order, records)
+        loaded = _load(order, records)
+        work = loaded.work
         if order.job.backbone_settings.metadata:
             work = replace(work, metadata=collect_metadata(records, order.image_size))
         fix_arithmetic(int(order.job.settings.threads))  # of this thread
         values = ValueRange(order.job.images)
-        with closing(read_ahead(order.job, source, order.image_size, records)) as tiles:
+        ahead = read_ahead(order.job, loaded.source, order.image_size, records, loaded.readers)
+        with closing(ahead) as tiles:
             begun = chain(list(islice(tiles, 1)), tiles)  # reading begins while another shard is computed
             with _computing, Background("encode") as encoding:
                 on_gpu = work.extractor.backbone.device.type == "cuda"
@@ -161,15 +174,20 @@ def extract_shard(order: Order, shard: int, records: list[TileRecord]) -> Report
     return Report(shard, len(records), note["seconds"], worker_name(), values.warning())
 
 
-def _work_of(order: Order, records: list[TileRecord]) -> tuple[Work, Source]:
-    """The loaded backbone and the source, opened once in this process."""
+def _load(order: Order, records: list[TileRecord]) -> Loaded:
+    """The loaded backbone, the source and what reads from it, opened once in this process."""
     with _loading:
         if order.key not in _loaded:
+            for last in _loaded.values():
+                if last.readers:
+                    last.readers.close()
             _loaded.clear()
             info, job = find_backbone(order.job.backbone_settings), _placed(order.job)
             share_memory(torch.device(job.backbone_settings.device), order.processes_per_gpu)
+            count, preparation = order.reader_processes, job.preparation(order.image_size)
+            readers = Readers(count, job.source_settings, preparation) if count else None
             work = prepare_work(job, info, order.image_size, order.layers, records, order.per_shard)
-            _loaded[order.key] = work, open_source(job.source_settings)
+            _loaded[order.key] = Loaded(work, open_source(job.source_settings), readers)
         return _loaded[order.key]
 
 

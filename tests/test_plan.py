@@ -95,7 +95,7 @@ def test_passes_are_those_the_network_makes(
     work = load_work(planned)
     sent: list[int] = []
     work.extractor.backbone.unet.register_forward_pre_hook(lambda _, args: sent.append(len(args[0])))
-    trial._seconds(work, planned.source, planned.records, trial.ValueRange(planned.job.images), [])
+    trial._seconds(work, planned.source, planned.records, trial.ValueRange(planned.job.images), None)
     assert planned.passes_per_tile == passes
     assert sum(sent) == passes * len(planned.records)
 

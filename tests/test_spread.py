@@ -280,11 +280,13 @@ def test_workers_are_told_how_many_share_a_gpu(
     monkeypatch.setattr(cluster, "survey", lambda *given: Machine("cuda", cores=16, gpus=2))
     job = load_pipeline(config, ["extract.threads=auto"]).job()
     plan, order = cluster._order(job, tmp_path / "s.zarr", Cluster(workers=6), Here(), False, False)
-    assert (order.processes_per_gpu, order.job.settings.threads) == (3, 2)
+    assert (order.processes_per_gpu, order.job.settings.threads, order.reader_processes) == (3, 2, 1)
     on_cpu = order.job.backbone_settings.model_copy(update={"device": "cpu"})
     on_cpu_order = replace(order, job=replace(order.job, backbone_settings=on_cpu))
-    worker._work_of(on_cpu_order, list(plan.records))
+    loaded = worker._load(on_cpu_order, list(plan.records))
     assert shares == [(torch.device("cpu"), 3)]
+    assert loaded.readers
+    loaded.readers.close()
 
 
 def test_rates_name_the_slowest_workers() -> None:
@@ -332,19 +334,26 @@ def wait_for(condition: Any, seconds: float = 240.0) -> None:
 
 
 @pytest.mark.slow
-def test_two_workers_of_which_one_is_killed(config: Path, tmp_path: Path, digest: str) -> None:
+@pytest.mark.parametrize("readers", [0, 2])
+def test_two_workers_of_which_one_is_killed(config: Path, tmp_path: Path, digest: str, readers: int) -> None:
     import psutil
 
     out = tmp_path / "s.zarr"
-    with started(command("extract", "-c", config, "-o", out, "--workers", "2")) as process:
+    words = ["extract", "-c", config, "-o", out, "--workers", "2"]
+    if readers:
+        words += [f"--set=extract.read_threads={readers}", "--set=extract.read_processes=true"]
+    with started(command(*words)) as process:
         wait_for(lambda: committed(out) >= 1 or process.poll() is not None)
         assert process.poll() is None, process.communicate()[1]
         children = psutil.Process(process.pid).children(recursive=True)
         workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         assert len(workers) >= 2
+        of_the_killed = workers[-1].children()
+        assert len(of_the_killed) == readers
         workers[-1].kill()
         left = committed(out)
         _, told = process.communicate(timeout=400)
+    wait_for(lambda: not any(child.is_running() for child in of_the_killed))
     assert process.returncode == 0, told
     assert left < 8, "all was done before the kill"
     store = open_store(out)

@@ -1,4 +1,4 @@
-"""Processes that read images: the same tiles as threads read, errors in turn, and what is left when one dies."""
+"""Processes that read images: the same tiles as threads read, errors in turn, and one that dies."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from hypothesis.extra import numpy as arrays
 from made_up import image_folder
 
 from satdifuser.errors import ImageError, SourceError
-from satdifuser.extract import reader_process
+from satdifuser.extract import readers
 from satdifuser.extract.job import Job
 from satdifuser.extract.plan import Plan, make_plan
 from satdifuser.extract.read_tile import ReadTile
-from satdifuser.extract.reader_process import ReaderProcess, reader_processes, receive, send
+from satdifuser.extract.readers import Readers, processes_wanted, receive, send, started_readers
 from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.run import extract
 from satdifuser.extract.settings import (
@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> FolderSettings:
     return FolderSettings(kind="folder", root=tmp_path / "images")
 
 
-def read(plan: Plan, processes: list[ReaderProcess]) -> list[ReadTile]:
+def read(plan: Plan, processes: Readers | None) -> list[ReadTile]:
     with closing(read_ahead(plan.job, plan.source, plan.image_size, plan.records, processes)) as tiles:
         return list(tiles)
 
@@ -79,11 +79,12 @@ def as_values(tile: ReadTile) -> dict[str, Any]:
 def test_processes_read_what_threads_read(kind: str, folder: FolderSettings, tmp_path: Path) -> None:
     source = folder if kind == "folder" else SyntheticSettings(task="segmentation", tiles=9, tile_size=32)
     plan = planned(source, tmp_path / "s.zarr")
-    with reader_processes(plan) as processes:
-        assert len(processes) == 2
+    with started_readers(plan) as processes:
+        assert processes
+        assert processes.count == 2
         found = read(plan, processes)
         assert [tile.row.tile_id for tile in read(plan, processes)] == [r.tile_id for r in plan.records]
-    expected = read(plan, [])
+    expected = read(plan, None)
     assert [as_values(tile) for tile in found] == [as_values(tile) for tile in expected]
     assert found[0].picture is not None
     assert found[0].picture.rgb.shape == (3, 64, 64)
@@ -101,19 +102,20 @@ def test_a_broken_image_is_told_when_its_turn_comes(folder: FolderSettings, tmp_
     plan = planned(folder, tmp_path / "s.zarr")
     broken = Path(plan.records[6].path)
     broken.write_bytes(broken.read_bytes()[:60])
-    found = []
-    with reader_processes(plan) as processes, pytest.raises(ImageError, match=rf"^{broken}: cannot be read"):
-        for tile in read_ahead(plan.job, plan.source, plan.image_size, plan.records, processes):
-            found.append(tile)  # noqa: PERF402
-    assert len(found) == 6
+    with started_readers(plan) as processes:
+        tiles = read_ahead(plan.job, plan.source, plan.image_size, plan.records, processes)
+        assert [next(tiles).row.tile_id for _ in range(6)] == [r.tile_id for r in plan.records[:6]]
+        with pytest.raises(ImageError, match=rf"^{broken}: cannot be read"):
+            next(tiles)
 
 
 def test_a_process_that_was_killed(folder: FolderSettings, tmp_path: Path) -> None:
     plan = planned(folder, tmp_path / "s.zarr")
-    with reader_processes(plan) as processes:
-        for process in processes:
-            process._process.send_signal(signal.SIGKILL)
-            process._process.wait()
+    with started_readers(plan) as processes:
+        assert processes
+        for process in processes._processes:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
         message = (
             f"^tile {plan.records[0].tile_id}: a process that reads images has ended \\(signal 9\\); what is "
             r"committed is kept: .* smaller extract.read_threads, or with extract.read_processes=false$"
@@ -127,19 +129,19 @@ def test_what_a_process_prints_does_not_get_into_its_answers(
 ) -> None:
     noisy = "import satdifuser.extract.sources.folder as f; g = f.read_pixels; "
     noisy += "f.read_pixels = lambda path: (print('a word'), g(path))[1]; "
-    first, last = reader_process.PROGRAM.rsplit("; ", 1)
-    monkeypatch.setattr(reader_process, "PROGRAM", f"{first}; {noisy}{last}")
+    first, last = readers.PROGRAM.rsplit("; ", 1)
+    monkeypatch.setattr(readers, "PROGRAM", f"{first}; {noisy}{last}")
     plan = planned(folder, tmp_path / "s.zarr")
-    with reader_processes(plan) as processes:
+    with started_readers(plan) as processes:
         assert len(read(plan, processes)) == 11
 
 
-def test_when_there_are_processes(
-    folder: FolderSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reader_process, "cores", lambda: 12)
+def test_when_there_are_processes(folder: FolderSettings, tmp_path: Path) -> None:
     out = tmp_path / "s.zarr"
-    count = reader_process._count
+
+    def count(plan: Plan) -> int:
+        return processes_wanted(plan.job, plan.source, cores=12)
+
     assert count(planned(folder, out, read_threads="auto")) == 6
     assert count(planned(folder, out, read_threads=3)) == 3
     assert count(planned(folder, out, read_processes="auto")) == 0  # on a CPU
@@ -151,7 +153,8 @@ def test_when_there_are_processes(
     object.__setattr__(on_gpu.job, "backbone_settings", BackboneSettings(device="cuda:1"))
     assert count(on_gpu) == 2
     extract(planned(folder, out, read_processes=False).job, out)
-    assert count(planned(folder, out)) == 0  # nothing is left to read
+    with started_readers(planned(folder, out)) as processes:
+        assert processes is None  # nothing is left to read
 
 
 def children_of(process: int) -> list[int]:

@@ -1,0 +1,185 @@
+"""Processes that read images, so that they do not share an interpreter with what launches work on a GPU.
+
+Python computes for one thread of a process at a time. A GPU is handed some thousand small operations a batch,
+and each of them would wait for the threads that prepare images; so these have processes do it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from satdifuser.errors import SourceError
+from satdifuser.extract.read_tile import Preparation, ReadTile, read_tiles
+from satdifuser.extract.settings import SourceSettings
+from satdifuser.extract.sources import open_source
+from satdifuser.extract.sources.tile import Source, TileRecord
+from satdifuser.store.device import cores
+
+if TYPE_CHECKING:
+    from satdifuser.extract.job import Job
+    from satdifuser.extract.plan import Plan
+
+Process = subprocess.Popen[bytes]
+MOST_PROCESSES = 8
+CORES_EACH = 2  # one to read; one is for the threads that hash and write
+PROGRAM = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; serve()"
+
+
+class Readers:
+    """Some processes that read tiles, each for one thread at a time.
+
+    They end when it is closed, or their input is, which is so too when the process that began them is killed.
+
+    Args:
+        count: How many.
+        source: What each of them opens.
+        preparation: How they prepare the tiles.
+    """
+
+    def __init__(self, count: int, source: SourceSettings, preparation: Preparation) -> None:
+        self.count = count
+        self._processes = [_start() for _ in range(count)]
+        self._idle = SimpleQueue[Process]()
+        for process in self._processes:
+            _send_to(process, (source, preparation))
+            self._idle.put(process)
+
+    def read(self, records: Sequence[TileRecord]) -> list[ReadTile | Exception]:
+        """Read some tiles, as `read_tiles` does, in a process that is idle.
+
+        Raises:
+            SourceError: the process has ended.
+        """
+        process = self._idle.get()
+        try:
+            return _ask(process, records)
+        finally:
+            self._idle.put(process)  # one that has ended says so again
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()  # it keeps nothing
+            process.communicate()
+
+
+@contextmanager
+def started_readers(plan: Plan) -> Iterator[Readers | None]:
+    """Start the processes that read for an extraction, and end them; None where threads are to read.
+
+    Starting takes each some seconds; reading waits for that.
+    """
+    count = processes_wanted(plan.job, plan.source, cores()) if plan.left else 0
+    readers = Readers(count, plan.job.source_settings, plan.preparation) if count else None
+    try:
+        yield readers
+    finally:
+        if readers:
+            readers.close()
+
+
+def processes_wanted(job: Job, source: Source, cores: int) -> int:
+    """How many processes should read for an extraction that has so many CPU cores; 0 where threads should."""
+    wanted = job.settings.read_processes
+    if wanted == "auto":
+        wanted = job.backbone_settings.device.startswith("cuda")
+    if not (wanted and source.thread_safe):
+        return 0
+    if job.settings.read_threads != "auto":
+        return job.settings.read_threads
+    return max(1, min(MOST_PROCESSES, cores // CORES_EACH))
+
+
+def _start() -> Process:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, json.dumps(sys.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        process_group=0,  # Ctrl-C is for the process that began it
+    )
+
+
+def _ask(process: Process, records: Sequence[TileRecord]) -> list[ReadTile | Exception]:
+    assert process.stdout
+    try:
+        _send_to(process, records)
+        found: list[ReadTile | Exception] = receive(process.stdout)
+    except (EOFError, BrokenPipeError) as error:
+        raise SourceError(
+            f"tile {records[0].tile_id}: a process that reads images has ended ({_ending(process.wait())}); "
+            "what is committed is kept: run the same command again, if memory was short with a smaller "
+            "extract.read_threads, or with extract.read_processes=false"
+        ) from error
+    return found
+
+
+def _send_to(process: Process, value: Any) -> None:
+    assert process.stdin
+    send(process.stdin, value)
+
+
+def _ending(status: int) -> str:
+    return f"signal {-status}" if status < 0 else f"status {status}; what it said stands above"
+
+
+# --- in the process
+
+
+def serve() -> None:
+    """Answer requests on stdin until it ends; what else is printed goes to stderr."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    requests = sys.stdin.buffer
+    settings, preparation = receive(requests)
+    source = open_source(settings)
+    while True:
+        try:
+            records = receive(requests)
+        except EOFError:
+            return
+        send(answers, read_tiles(preparation, source, records))
+
+
+# --- between both
+
+
+def send(pipe: IO[bytes], value: Any) -> None:
+    """Send a value; its arrays go as they are, behind their sizes."""
+    arrays: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
+    parts = [memoryview(head), *(array.raw() for array in arrays)]
+    pipe.write(struct.pack(f"<{1 + len(parts)}Q", len(parts), *(part.nbytes for part in parts)))
+    for part in parts:
+        pipe.write(part)
+    pipe.flush()
+
+
+def receive(pipe: IO[bytes]) -> Any:
+    """Wait for a value that `send` sent.
+
+    Raises:
+        EOFError: whoever sends has ended.
+    """
+    (count,) = struct.unpack("<Q", _receive_bytes(pipe, 8))
+    sizes = struct.unpack(f"<{count}Q", _receive_bytes(pipe, 8 * count))
+    head, *arrays = [_receive_bytes(pipe, size) for size in sizes]
+    return pickle.loads(head, buffers=arrays)
+
+
+def _receive_bytes(pipe: IO[bytes], size: int) -> memoryview:
+    part = np.empty(size, np.uint8)
+    if pipe.readinto(part.data) < size:  # type: ignore[attr-defined]
+        raise EOFError
+    return part.data
