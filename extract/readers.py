@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Process = subprocess.Popen[bytes]
 MOST_PROCESSES = 8
 CORES_EACH = 2  # one to read; one is for the threads that hash and write
+PIPE_BYTES = 256 * 1024  # in fewer turns than by default; users other than root may have 1 MB
 PROGRAM = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; serve()"
 
 
@@ -106,6 +107,7 @@ def _start() -> Process:
         [sys.executable, "-c", PROGRAM, json.dumps(sys.path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        pipesize=PIPE_BYTES,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         process_group=0,  # Ctrl-C is for the process that began it
     )
