@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -146,15 +146,15 @@ def _send(client: Any, order: Order, records: Sequence[Any], bar: tqdm[NoReturn]
         held = list(records[slice(*store.attributes.shard_range(shard))])
         return client.submit(extract_shard, order, shard, held, key=f"shard-{shard}-{token}")
 
-    def window() -> int:
-        cores: int = sum(client.ncores().values())
-        return 2 * max(1, cores)
-
     rates: dict[str, tuple[int, float]] = {}
-    warned, sent = False, min(window(), len(waiting))
+    workers: dict[str, int] = client.ncores()
+    warned, sent = False, min(_window(workers), len(waiting))
     under_way = as_completed([submit(waiting.pop()) for _ in range(sent)])
     for future in under_way:
         report = _result(future)
+        before, workers = workers, client.ncores()
+        for lost in sorted(before.keys() - workers.keys()):
+            tqdm.write(f"worker {lost} is gone; others do again what it had begun", file=sys.stderr)
         tiles, seconds = rates.get(report.worker, (0, 0.0))
         rates[report.worker] = tiles + report.tiles, seconds + report.seconds
         bar.set_postfix_str(rates_text(rates))
@@ -162,8 +162,13 @@ def _send(client: Any, order: Order, records: Sequence[Any], bar: tqdm[NoReturn]
         if report.warning and not warned:
             warned = True
             tqdm.write(report.warning, file=sys.stderr)
-        for _ in range(min(len(waiting), max(0, window() - under_way.count()))):
+        for _ in range(min(len(waiting), max(0, _window(workers) - under_way.count()))):
             under_way.add(submit(waiting.pop()))
+
+
+def _window(workers: Mapping[str, int]) -> int:
+    """How many shards are with workers of so many threads each, or on their way to them."""
+    return 2 * max(1, sum(workers.values()))
 
 
 def _result(future: Any) -> Report:

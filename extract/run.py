@@ -53,9 +53,8 @@ class Part:
     def tell(self, missing: Sequence[int]) -> None:
         """Say on stderr which parts the store still lacks."""
         lacking = sorted({shard % self.of + 1 for shard in missing})
-        rest = (
-            f"the store lacks shards of parts {', '.join(map(str, lacking))}" if lacking else "and all others"
-        )
+        parts = f"part{'s' if len(lacking) > 1 else ''} {', '.join(map(str, lacking))}"
+        rest = f"the store lacks shards of {parts}" if lacking else "and all others"
         print(f"part {self.number} of {self.of} is done; {rest}", file=sys.stderr)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -92,7 +93,7 @@ def test_a_job_array_writes_what_one_process_writes(config: Path, tmp_path: Path
     words = ("extract", "-c", config, "-o", out, "--shard")
     assert "part 2 of 3 is done; the store lacks shards of parts 1, 3" in call(*words, "2/3").stderr
     assert "8 of" not in call(*words, "2/3").stderr  # again: nothing to do, nothing lost
-    succeed(*words, "3/3")
+    assert "part 3 of 3 is done; the store lacks shards of part 1\n" in call(*words, "3/3").stderr
     assert "part 1 of 3 is done; and all others" in call(*words, "1/3").stderr
     store = open_store(out)
     assert store.content_digest() == digest
@@ -353,6 +354,7 @@ def test_two_workers_of_which_one_is_killed(config: Path, tmp_path: Path, digest
         workers[-1].kill()
         left = committed(out)
         _, told = process.communicate(timeout=400)
+    assert re.search("^worker tcp://.* is gone; others do again what it had begun$", told, re.MULTILINE)
     wait_for(lambda: not any(child.is_running() for child in of_the_killed))
     assert process.returncode == 0, told
     assert left < 8, "all was done before the kill"
