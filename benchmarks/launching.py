@@ -91,7 +91,7 @@ def reading(plan: Plan) -> Iterator[list[int]]:
 
         thread = threading.Thread(target=read)
         thread.start()
-        while count[0] < TILES // 4:  # processes take some time to start
+        while count[0] < TILES // 4 and thread.is_alive():  # processes take some time to start
             time.sleep(0.01)
         try:
             yield count

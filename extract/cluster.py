@@ -93,7 +93,7 @@ def _order(
         per_shard=plan.tiles_per_shard,
         versions=versions,
         processes_per_gpu=machine.processes_per_gpu(cluster.workers),
-        reader_processes=processes_wanted(plan.job, plan.source, cores),
+        reader_processes=processes_wanted(plan.job, plan.source, cores) if plan.left else 0,
     )
 
 
@@ -154,7 +154,7 @@ def _send(client: Any, order: Order, records: Sequence[Any], bar: tqdm[NoReturn]
         report = _result(future)
         before, workers = workers, client.ncores()
         for lost in sorted(before.keys() - workers.keys()):
-            tqdm.write(f"worker {lost} is gone; others do again what it had begun", file=sys.stderr)
+            tqdm.write(f"worker {lost} has left; what it had begun is done again", file=sys.stderr)
         tiles, seconds = rates.get(report.worker, (0, 0.0))
         rates[report.worker] = tiles + report.tiles, seconds + report.seconds
         bar.set_postfix_str(rates_text(rates))

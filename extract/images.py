@@ -43,7 +43,7 @@ class Prepared:
         return hashlib.sha256(self.rgb.tobytes()).hexdigest()
 
     def at(self, size: tuple[int, int]) -> Prepared:
-        """The same tile with its picture at another size (H, W) px, see `resize`."""
+        """The same tile with its picture, and so its digest, at another size (H, W) px, see `resize`."""
         return replace(self, rgb=resize(torch.from_numpy(self.rgb)[None], size)[0].numpy())
 
 

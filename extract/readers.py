@@ -6,20 +6,24 @@ and each of them would wait for the threads that prepare images; so these have p
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
+import traceback
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from satdifuser.errors import SourceError
+from satdifuser.errors import SatDiFuserError, SourceError
 from satdifuser.extract.read_tile import Preparation, ReadTile, read_tiles
 from satdifuser.extract.settings import SourceSettings
 from satdifuser.extract.sources import open_source
@@ -40,7 +44,7 @@ PROGRAM = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__nam
 class Readers:
     """Some processes that read tiles, each for one thread at a time.
 
-    They end when it is closed, or their input is, which is so too when the process that began them is killed.
+    They end when it is closed or nobody holds it any more, and when the process that began them ends.
 
     Args:
         count: How many.
@@ -50,9 +54,12 @@ class Readers:
 
     def __init__(self, count: int, source: SourceSettings, preparation: Preparation) -> None:
         self.count = count
-        self._processes = [_start() for _ in range(count)]
+        self._processes: list[Process] = []
+        self._end = weakref.finalize(self, _end, self._processes)  # by itself a Popen keeps its process
         self._idle = SimpleQueue[Process]()
-        for process in self._processes:
+        for _ in range(count):
+            process = _start()
+            self._processes.append(process)
             _send_to(process, (source, preparation))
             self._idle.put(process)
 
@@ -70,9 +77,7 @@ class Readers:
 
     def close(self) -> None:
         """End the processes."""
-        for process in self._processes:
-            process.kill()  # it keeps nothing
-            process.communicate()
+        self._end()
 
 
 @contextmanager
@@ -103,14 +108,23 @@ def processes_wanted(job: Job, source: Source, cores: int) -> int:
 
 
 def _start() -> Process:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, json.dumps(sys.path)],
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        pipesize=PIPE_BYTES,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         process_group=0,  # Ctrl-C is for the process that began it
     )
+    assert process.stdout
+    with suppress(OSError, AttributeError):  # the user's pipes hold all that they may, or this is no Linux
+        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return process
+
+
+def _end(processes: Sequence[Process]) -> None:
+    for process in processes:
+        process.kill()  # it keeps nothing
+        process.communicate()
 
 
 def _ask(process: Process, records: Sequence[TileRecord]) -> list[ReadTile | Exception]:
@@ -118,13 +132,17 @@ def _ask(process: Process, records: Sequence[TileRecord]) -> list[ReadTile | Exc
     try:
         _send_to(process, records)
         found: list[ReadTile | Exception] = receive(process.stdout)
+        return found
     except (EOFError, BrokenPipeError) as error:
         raise SourceError(
-            f"tile {records[0].tile_id}: a process that reads images has ended ({_ending(process.wait())}); "
-            "what is committed is kept: run the same command again, if memory was short with a smaller "
-            "extract.read_threads, or with extract.read_processes=false"
+            f"tiles {records[0].tile_id} to {records[-1].tile_id}: a process that reads images has ended "
+            f"({_ending(process.wait())}); what is committed is kept: run the same command again, if memory "
+            "was short with a smaller extract.read_threads, or with extract.read_processes=false"
         ) from error
-    return found
+    except BaseException:
+        process.kill()  # the rest of its answer would be taken for the next one
+        process.wait()
+        raise
 
 
 def _send_to(process: Process, value: Any) -> None:
@@ -141,17 +159,19 @@ def _ending(status: int) -> str:
 
 def serve() -> None:
     """Answer requests on stdin until it ends; what else is printed goes to stderr."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end without a word where nobody waits for the answer
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     requests = sys.stdin.buffer
-    settings, preparation = receive(requests)
-    source = open_source(settings)
-    while True:
-        try:
-            records = receive(requests)
-        except EOFError:
-            return
-        send(answers, read_tiles(preparation, source, records))
+    with suppress(EOFError):
+        settings, preparation = receive(requests)
+        source = open_source(settings)
+        while True:
+            found = read_tiles(preparation, source, receive(requests))
+            for error in found:
+                if isinstance(error, Exception) and not isinstance(error, SatDiFuserError):
+                    error.add_note("".join(traceback.format_exception(error)))  # which is not sent with it
+            send(answers, found)
 
 
 # --- between both

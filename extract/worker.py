@@ -178,9 +178,6 @@ def _load(order: Order, records: list[TileRecord]) -> Loaded:
     """The loaded backbone, the source and what reads from it, opened once in this process."""
     with _loading:
         if order.key not in _loaded:
-            for last in _loaded.values():
-                if last.readers:
-                    last.readers.close()
             _loaded.clear()
             info, job = find_backbone(order.job.backbone_settings), _placed(order.job)
             share_memory(torch.device(job.backbone_settings.device), order.processes_per_gpu)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from made_up import image_folder
+from made_up_geobench import Bench, fake_geobench
+from made_up_scene import box, write_scene, write_vectors
+from PIL import Image
 
 from satdifuser.errors import ImageError, SourceError
 from satdifuser.extract import readers
@@ -32,6 +37,9 @@ from satdifuser.extract.settings import (
     BackboneSettings,
     ExtractSettings,
     FolderSettings,
+    GeobenchSettings,
+    PairsSettings,
+    ScenesSettings,
     SourceSettings,
     SyntheticSettings,
 )
@@ -64,21 +72,64 @@ def read(plan: Plan, processes: Readers | None) -> list[ReadTile]:
 
 def as_values(tile: ReadTile) -> dict[str, Any]:
     """All that is known of a tile, comparable."""
-    found: dict[str, Any] = {field.name: getattr(tile.row, field.name) for field in fields(tile.row)}
-    if tile.picture is not None:
-        found |= {
-            f"picture.{field.name}": getattr(tile.picture, field.name) for field in fields(tile.picture)
-        }
+    row, picture = tile.row, tile.picture
+    found: dict[str, Any] = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    if picture is not None:
+        values = [(field.name, getattr(picture, field.name)) for field in dataclasses.fields(picture)]
+        found |= {f"picture.{name}": value for name, value in values}
     return {
         name: (value.dtype.str, value.tolist()) if isinstance(value, np.ndarray) else repr(value)
         for name, value in found.items()
     }
 
 
-@pytest.mark.parametrize("kind", ["folder", "segmentation"])
-def test_processes_read_what_threads_read(kind: str, folder: FolderSettings, tmp_path: Path) -> None:
-    source = folder if kind == "folder" else SyntheticSettings(task="segmentation", tiles=9, tile_size=32)
-    plan = planned(source, tmp_path / "s.zarr")
+def scenes(folder: Path) -> SourceSettings:
+    pixels = np.random.default_rng(0).integers(1, 255, (3, 64, 64), np.uint8)
+    pixels[:, :, 60:] = 0
+    (folder / "scenes").mkdir()
+    write_scene(folder / "scenes/a.tif", pixels, nodata=0)
+    polygons = [box(0, 0, 16, 32), box(18, 2, 4, 4)]
+    labels = write_vectors(folder / "fields.gpkg", polygons, ["water", "forest"], "EPSG:4326")
+    root = Path("scenes")  # seen from the working folder
+    return ScenesSettings(kind="scenes", root=root, tile_size=16, labels=labels, overlap=4)
+
+
+def pairs(folder: Path) -> SourceSettings:
+    root, rows = folder / "pairs", ["image,mask,split"]
+    root.mkdir()
+    for n, split in enumerate(("train", "train", "val", "test")):
+        random = np.random.default_rng(n)
+        Image.fromarray(random.integers(0, 255, (48, 48, 3), np.uint8)).save(root / f"{n}.png")
+        Image.fromarray(np.full((48, 48), n % 2, np.uint8)).save(root / f"{n}_mask.png")
+        rows.append(f"{n}.png,{n}_mask.png,{split}")
+    (root / "splits.csv").write_text("\n".join(rows))
+    classes = [{"id": 0, "name": "land"}, {"id": 1, "name": "water"}]
+    (root / "classes.json").write_text(json.dumps({"classes": classes}))
+    broken = root / "2.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    return PairsSettings(kind="pairs", root=root, tile_size=16, on_error="skip")
+
+
+def geobench(folder: Path) -> SourceSettings:
+    with pytest.MonkeyPatch.context() as patch:
+        Bench(folder, fake_geobench(patch, "geobench"))
+    return GeobenchSettings(kind="geobench", root=folder, dataset="m-eurosat", partition="0.50x_train")
+
+
+def synthetic(_: Path) -> SourceSettings:
+    return SyntheticSettings(task="segmentation", tiles=9, tile_size=32)
+
+
+@pytest.mark.parametrize("make", [None, scenes, pairs, geobench, synthetic])
+def test_processes_read_what_threads_read(
+    make: Callable[[Path], SourceSettings] | None,
+    folder: FolderSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text("raise RuntimeError")  # it is the standard library's that is wanted
+    plan = planned(make(tmp_path) if make else folder, tmp_path / "s.zarr")
     with started_readers(plan) as processes:
         assert processes
         assert processes.count == 2
@@ -88,6 +139,7 @@ def test_processes_read_what_threads_read(kind: str, folder: FolderSettings, tmp
     assert [as_values(tile) for tile in found] == [as_values(tile) for tile in expected]
     assert found[0].picture is not None
     assert found[0].picture.rgb.shape == (3, 64, 64)
+    assert any(tile.row.skip_reason for tile in found) == (make is pairs)
 
 
 def test_features_are_those_of_threads(folder: FolderSettings, tmp_path: Path) -> None:
@@ -116,12 +168,77 @@ def test_a_process_that_was_killed(folder: FolderSettings, tmp_path: Path) -> No
         for process in processes._processes:
             process.send_signal(signal.SIGKILL)
             process.wait()
+        ids = plan.records[0].tile_id, plan.records[3].tile_id
         message = (
-            f"^tile {plan.records[0].tile_id}: a process that reads images has ended \\(signal 9\\); what is "
+            f"^tiles {ids[0]} to {ids[1]}: a process that reads images has ended \\(signal 9\\); what is "
             r"committed is kept: .* smaller extract.read_threads, or with extract.read_processes=false$"
         )
         with pytest.raises(SourceError, match=message):
             read(plan, processes)
+
+
+def test_processes_end_when_nobody_holds_them(
+    folder: FolderSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(folder, tmp_path / "s.zarr")
+    held = Readers(2, folder, plan.preparation)
+    processes = held._processes
+    assert [process.poll() for process in processes] == [None, None]
+    del held
+    assert [process.poll() for process in processes] == [-signal.SIGKILL] * 2
+    started: list[Any] = []
+    start = readers._start
+
+    def start_one() -> Any:
+        if started:
+            raise OSError("no more processes")
+        started.append(start())
+        return started[0]
+
+    monkeypatch.setattr(readers, "_start", start_one)
+    with pytest.raises(OSError, match="no more processes"):
+        Readers(2, folder, plan.preparation)
+    assert started[0].poll() == -signal.SIGKILL
+
+
+def test_an_answer_that_is_cut_short_is_not_taken_for_the_next_one(
+    folder: FolderSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(folder, tmp_path / "s.zarr", read_threads=1)
+    with started_readers(plan) as processes:
+        assert processes
+        with monkeypatch.context() as patch:
+
+            def break_off(pipe: IO[bytes]) -> Any:
+                pipe.read(8)
+                raise MemoryError
+
+            patch.setattr(readers, "receive", break_off)
+            with pytest.raises(MemoryError):
+                processes.read(plan.records[:4])
+        with pytest.raises(SourceError, match=r"has ended \(signal 9\)"):
+            processes.read(plan.records[4:8])
+
+
+def test_a_process_whose_answer_nobody_awaits_ends_without_a_word(
+    folder: FolderSettings, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned(folder, tmp_path / "s.zarr")
+    held = Readers(1, folder, plan.preparation)
+    (process,) = held._processes
+    assert process.stdout
+    process.stdout.close()
+    send(process.stdin, plan.records[:4])  # type: ignore[arg-type]
+    assert process.wait(PATIENCE_S) == -signal.SIGPIPE
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_of_another_kind_brings_its_traceback(folder: FolderSettings, tmp_path: Path) -> None:
+    plan = planned(folder, tmp_path / "s.zarr")
+    plan.records[2] = dataclasses.replace(plan.records[2], label="x")  # type: ignore[arg-type]
+    with started_readers(plan) as processes, pytest.raises(ValueError, match="invalid literal") as caught:
+        read(plan, processes)
+    assert "in read_row" in caught.value.__notes__[0]
 
 
 def test_what_a_process_prints_does_not_get_into_its_answers(
@@ -185,15 +302,16 @@ def test_processes_end_with_the_one_that_began_them_and_free_the_store(tmp_path:
             deadline = time.monotonic() + PATIENCE_S
             while not (out / "commits/c/2").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            readers = children_of(process.pid)
+            children = children_of(process.pid)
         finally:
             process.kill()
             process.wait()
-    assert len(readers) == 2, (tmp_path / "log").read_text()
+    assert len(children) == 2, (tmp_path / "log").read_text()
     assert FeatureStore(out).missing_shards()
-    while any(map(is_alive, readers)) and time.monotonic() < deadline:
+    while any(map(is_alive, children)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not any(map(is_alive, readers))
+    assert not any(map(is_alive, children))
+    assert "Traceback" not in (tmp_path / "log").read_text()
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not FeatureStore(out).missing_shards()

@@ -287,7 +287,10 @@ def test_workers_are_told_how_many_share_a_gpu(
     loaded = worker._load(on_cpu_order, list(plan.records))
     assert shares == [(torch.device("cpu"), 3)]
     assert loaded.readers
-    loaded.readers.close()
+    monkeypatch.setattr(cluster, "survey", lambda *given: Machine("cpu", cores=16, gpus=0))
+    plan, order = cluster._order(job, tmp_path / "t.zarr", Cluster(workers=6), Here(), False, False)
+    assert worker._load(order, list(plan.records)).readers is None
+    assert len(loaded.readers.read(plan.records[:2])) == 2  # of a shard that is still under way
 
 
 def test_rates_name_the_slowest_workers() -> None:
@@ -354,7 +357,7 @@ def test_two_workers_of_which_one_is_killed(config: Path, tmp_path: Path, digest
         workers[-1].kill()
         left = committed(out)
         _, told = process.communicate(timeout=400)
-    assert re.search("^worker tcp://.* is gone; others do again what it had begun$", told, re.MULTILINE)
+    assert re.search("^worker tcp://.* has left; what it had begun is done again$", told, re.MULTILINE)
     wait_for(lambda: not any(child.is_running() for child in of_the_killed))
     assert process.returncode == 0, told
     assert left < 8, "all was done before the kill"
