@@ -8,7 +8,6 @@ the first round warms up and is not counted. Layers as in benchmarks/fusion_step
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -17,39 +16,18 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # Python leaves it out where PYTHONSAFEPATH is set
-from fusion_step import FUSIONS, LAYERS, now, random_maps
+from fusion_step import made_up, now, options
 
 from satdifuser.fuse.fusion import FeatureMaps
-from satdifuser.store.device import device_name
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--precision", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--layers", choices=LAYERS, default="small")
-    parser.add_argument("--projection", type=int, default=384)
-    parser.add_argument("--norm_groups", type=int, default=32)
-    parser.add_argument("--timesteps", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    print(
-        f"{args.layers} layers, {args.timesteps} timesteps, projection {args.projection}, batches of "
-        f"{args.batch}; {device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    pixels, channels = LAYERS[args.layers]
-    maps = random_maps(pixels, channels, args.timesteps, args.batch, device)
-    narrow = getattr(torch, args.precision)
-    for name, kind in FUSIONS.items():
-        torch.manual_seed(0)
-        own = {"warmup_steps": 0} if name == "moe" else {}
-        fusion = kind(channels, args.timesteps, args.projection, args.norm_groups, **own).to(device)
-        found = [
-            [step_seconds(fusion, maps, dtype) for dtype in (torch.float32, narrow)]
-            for _ in range(args.rounds + 1)
-        ][1:]
+    dtypes = torch.float32, getattr(torch, args.precision)
+    for name, fusion, maps in made_up(args):
+        found = [[step_seconds(fusion, maps, dtype) for dtype in dtypes] for _ in range(args.rounds + 1)][1:]
         wide, mixed = (statistics.median(seconds) for seconds in zip(*found, strict=True))
         ratios = [a / b for a, b in found]
         print(

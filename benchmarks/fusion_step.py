@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,13 @@ LAYERS: dict[str, tuple[int, Channels]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    args = options(__doc__).parse_args()
+    for name, fusion, maps in made_up(args):
+        compare(name, fusion, maps, args.rounds)
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", choices=LAYERS, default="small")
     parser.add_argument("--fusions", nargs="+", choices=FUSIONS, default=list(FUSIONS))
     parser.add_argument("--projection", type=int, default=384)
@@ -41,7 +47,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    return parser
+
+
+def made_up(args: argparse.Namespace) -> Iterator[tuple[str, nn.Module, FeatureMaps]]:
+    """Fusions by name, untrained, each with maps to fuse; says on stdout what is measured."""
     device = torch.device(args.device)
     print(
         f"{args.layers} layers, {args.timesteps} timesteps, projection {args.projection}, batches of "
@@ -53,7 +63,7 @@ def main() -> None:
         torch.manual_seed(0)
         own = {"warmup_steps": 0} if name == "moe" else {}
         fusion = FUSIONS[name](channels, args.timesteps, args.projection, args.norm_groups, **own).to(device)
-        compare(name, fusion, maps, args.rounds)
+        yield name, fusion, maps
 
 
 def random_maps(
