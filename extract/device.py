@@ -80,6 +80,8 @@ class Fetcher:
 
         def wait() -> Arrays:
             done.synchronize()
+            # they stay in page-locked memory until their shard is written: to copy them into memory that is
+            # fresh each time can take as long as the network does
             return {name: copy.numpy() for name, copy in copies.items()}
 
         return wait
