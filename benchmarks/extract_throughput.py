@@ -63,7 +63,6 @@ from satdifuser.store.device import device_name
 from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.settings import StoreSettings
-from satdifuser.store.writer import StoreWriter
 
 EPOCHS, FUSIONS = 40, ("global", "localized", "moe")
 TILES_OF_SHARD = 24  # or two batches, if batches are given: the default, up to 64, is much for a short run
@@ -182,12 +181,11 @@ class Bench:
             self.creation = time.perf_counter() - began
             missing = writer.missing_shards()
             with self.gpu:
-                seconds = self.timed(lambda: self.fill(work, plan, writer, missing))
+                seconds = self.timed(
+                    lambda: run._fill(work, plan.source, plan.records, writer, missing, self.readers)
+                )
         self.store = FeatureStore(path)
         return seconds
-
-    def fill(self, work: Work, plan: Plan, writer: StoreWriter, missing: list[int]) -> None:
-        run._fill(work, plan.source, plan.records, writer, missing, self.readers)
 
     @torch.no_grad()
     def bare_loop(self) -> None:

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 import pytest
+from child_processes import children_of, is_alive
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -274,11 +275,6 @@ def test_when_there_are_processes(folder: FolderSettings, tmp_path: Path) -> Non
         assert processes is None  # nothing is left to read
 
 
-def children_of(process: int) -> list[int]:
-    tasks = Path(f"/proc/{process}/task").glob("*/children")
-    return [int(word) for task in tasks for word in task.read_text().split()]
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists child processes as Linux does")
 def test_processes_end_with_the_one_that_began_them_and_free_the_store(tmp_path: Path) -> None:
     out = tmp_path / "s.zarr"
@@ -315,11 +311,6 @@ def test_processes_end_with_the_one_that_began_them_and_free_the_store(tmp_path:
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not FeatureStore(out).missing_shards()
-
-
-def is_alive(process: int) -> bool:
-    status = Path(f"/proc/{process}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 # --- what goes between both

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from child_processes import children_of, is_alive
 from command_line import call, refuse, succeed
 from diffusers import DDIMScheduler
 from made_up import tiny_unet, tiny_vae
@@ -352,13 +353,13 @@ def test_two_workers_of_which_one_is_killed(config: Path, tmp_path: Path, digest
         children = psutil.Process(process.pid).children(recursive=True)
         workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         assert len(workers) >= 2
-        of_the_killed = workers[-1].children()
+        of_the_killed = children_of(workers[-1].pid)
         assert len(of_the_killed) == readers
         workers[-1].kill()
         left = committed(out)
         _, told = process.communicate(timeout=400)
     assert re.search("^worker tcp://.* has left; what it had begun is done again$", told, re.MULTILINE)
-    wait_for(lambda: not any(child.is_running() for child in of_the_killed))
+    wait_for(lambda: not any(map(is_alive, of_the_killed)))
     assert process.returncode == 0, told
     assert left < 8, "all was done before the kill"
     store = open_store(out)
