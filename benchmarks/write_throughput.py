@@ -3,9 +3,10 @@
     python benchmarks/write_throughput.py [--folder FOLDER] [--tiles 24] [--rounds 3]
 
 Makes up features of Stable Diffusion 2.1's size at 256 px, 21 layers, one timestep: 7 MB a tile in float16.
-Each round writes the same encoded shard plainly and with `StoreWriter.write_shard`, in turns so that other
-load on the machine meets both alike; the store's write has all checksums, digests and syncs. Prints MB/s of
-encoded bytes and the median ratio for each encoding.
+Each round writes the same encoded shard plainly and with `StoreWriter.write_shard`, once with digests of
+BLAKE3 and once with SHA-256 as stores had them before, in turns so that other load on the machine meets all
+alike; the store's write has all checksums, digests and syncs. Prints MB/s of encoded bytes, seconds of the
+processor's cores for a GB, and the median ratios.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+from satdifuser.store.digest import DigestAlgorithm
 from satdifuser.store.encoding import decode_formula, encode
 from satdifuser.store.opening import open_or_create
 from satdifuser.store.schema import Attributes, Hashes, LayerInfo, group_layers
@@ -29,6 +32,7 @@ from satdifuser.store.writer import Encoded, TileRow
 # up block: channels, image pixels per feature pixel, attn1 layers, conv2 layers
 BLOCKS = [(1280, 64, 0, 3), (1280, 32, 3, 3), (640, 16, 3, 3), (320, 8, 3, 3)]
 IMAGE_SIZE = 256
+ALGORITHMS: tuple[DigestAlgorithm, ...] = ("blake3", "sha256")
 ENCODINGS: tuple[Encoding, ...] = ("float16", "rounded", "int8")
 
 
@@ -58,7 +62,9 @@ def sd_layers() -> list[LayerInfo]:
     return layers
 
 
-def attributes(layers: list[LayerInfo], encoding: Encoding, tiles: int, shards: int) -> Attributes:
+def attributes(
+    layers: list[LayerInfo], encoding: Encoding, tiles: int, shards: int, algorithm: DigestAlgorithm
+) -> Attributes:
     """What a store of made-up features declares about itself."""
     return Attributes(
         store_id="benchmark",
@@ -75,6 +81,7 @@ def attributes(layers: list[LayerInfo], encoding: Encoding, tiles: int, shards: 
         layers=layers,
         encoding=encoding,
         decode=decode_formula(encoding),
+        digest_algorithm=algorithm,
         previews=False,
         colour_statistics=[],
         backbone={"model": "made up"},
@@ -94,11 +101,11 @@ def made_up(layers: list[LayerInfo], encoding: Encoding, tiles: int) -> Encoded:
     return encoded
 
 
-def timed(action: Callable[[], object]) -> float:
-    """Seconds that an action takes."""
-    began = time.perf_counter()
+def timed(action: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that an action takes, and those of the cores that work on it."""
+    began = time.perf_counter(), time.process_time()
     action()
-    return time.perf_counter() - began
+    return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
 def write_plainly(path: Path, encoded: Encoded) -> None:
@@ -112,23 +119,44 @@ def write_plainly(path: Path, encoded: Encoded) -> None:
 
 
 def compare(folder: Path, encoding: Encoding, tiles: int, rounds: int) -> None:
-    """Write a shard a round both ways and print the rates; the first round warms up and is not counted."""
+    """Write a shard a round each way and print the rates; the first round warms up and is not counted."""
     layers = sd_layers()
     encoded = made_up(layers, encoding, tiles)
-    megabytes = sum(array.nbytes for arrays in encoded.values() for array in arrays.values()) / 1e6
-    print(f"{encoding}: {megabytes:.0f} MB a shard of {tiles} tiles")
-    ratios = []
-    declared = attributes(layers, encoding, tiles, rounds + 1)
-    with open_or_create(folder / "s.zarr", declared, overwrite=False) as writer:
+    gigabytes = sum(array.nbytes for arrays in encoded.values() for array in arrays.values()) / 1e9
+    print(f"{encoding}: {1e3 * gigabytes:.0f} MB a shard of {tiles} tiles")
+    found: dict[str, list[tuple[float, float]]] = {}
+    with ExitStack() as stack:
+        writers = {
+            algorithm: stack.enter_context(
+                open_or_create(
+                    folder / f"{algorithm}.zarr",
+                    attributes(layers, encoding, tiles, rounds + 1, algorithm),
+                    overwrite=False,
+                )
+            )
+            for algorithm in ALGORITHMS
+        }
         for shard in range(rounds + 1):
             rows = [TileRow(f"{shard}-{tile}", "train") for tile in range(tiles)]
-            plain = timed(lambda: write_plainly(folder / "plain", encoded))
-            ours = timed(lambda shard=shard, rows=rows: writer.write_shard(shard, rows, [encoded], {}))
+            ways: dict[str, Callable[[], object]] = {
+                "plain": lambda: write_plainly(folder / "plain", encoded)
+            }
+            ways |= {
+                algorithm: lambda writer=writer, shard=shard, rows=rows: writer.write_shard(
+                    shard, rows, [encoded], {}
+                )
+                for algorithm, writer in writers.items()
+            }
+            for way, write in ways.items():
+                found.setdefault(way, []).append(timed(write))
             (folder / "plain").unlink()
-            if shard:
-                ratios.append(plain / ours)
-                print(f"  plain {megabytes / plain:6.0f} MB/s   store {megabytes / ours:6.0f} MB/s")
-    print(f"  the store writes at {statistics.median(ratios):.2f} of a plain write (median)")
+    for way, times in found.items():
+        wall, cores = (statistics.median(column) for column in zip(*times[1:], strict=True))
+        ratio = statistics.median(p[0] / t[0] for p, t in zip(found["plain"][1:], times[1:], strict=True))
+        print(
+            f"  {way:7} {1e3 * gigabytes / wall:6.0f} MB/s, {cores / gigabytes:5.2f} s of cores a GB, "
+            f"{ratio:.2f} of a plain write (medians)"
+        )
 
 
 if __name__ == "__main__":

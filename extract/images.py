@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from satdifuser.errors import ImageError, SettingsError, suggest
 from satdifuser.extract.settings import ImageSettings, Size
 from satdifuser.extract.sources.tile import Tile
+from satdifuser.store.digest import DigestAlgorithm, digest_of
 
 Floats = NDArray[np.float32]
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -37,10 +37,9 @@ class Prepared:
     clipped_share: float  # of the values with data
     brightest: float  # of RGB
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the picture's bytes."""
-        return hashlib.sha256(self.rgb.tobytes()).hexdigest()
+    def digest(self, algorithm: DigestAlgorithm) -> str:
+        """Digest of the picture's bytes."""
+        return digest_of(self.rgb.tobytes(), algorithm)
 
     def at(self, size: tuple[int, int]) -> Prepared:
         """The same tile with its picture, and so its digest, at another size (H, W) px, see `resize`."""

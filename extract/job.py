@@ -33,6 +33,7 @@ from satdifuser.extract.settings import (
 )
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.store.device import choose_device
+from satdifuser.store.digest import CURRENT, DigestAlgorithm
 from satdifuser.store.encoding import decode_formula
 from satdifuser.store.reader import FeatureStore, is_store
 from satdifuser.store.schema import (
@@ -58,6 +59,7 @@ class Job:
     backbone_settings: BackboneSettings
     settings: ExtractSettings
     store: StoreSettings
+    digest_algorithm: DigestAlgorithm = CURRENT  # of the store
 
     @property
     def images(self) -> ImageSettings:
@@ -66,7 +68,7 @@ class Job:
 
     def preparation(self, image_size: tuple[int, int]) -> Preparation:
         """How tiles are prepared for a backbone that sees them at a size (H, W) px."""
-        return Preparation(self.images, self.store.previews, image_size)
+        return Preparation(self.images, self.store.previews, image_size, self.digest_algorithm)
 
     def with_batch(self, tiles: int) -> Job:
         """The same job in batches of so many tiles."""
@@ -79,7 +81,8 @@ def fix_automatic(job: Job, out: Path, overwrite: bool) -> Job:
     Raises:
         SettingsError: the device is not there, or prompts do not match the tiles of a batch.
     """
-    begun = FeatureStore(out).attributes.feature_identity if is_store(out) and not overwrite else {}
+    attributes = FeatureStore(out).attributes if is_store(out) and not overwrite else None
+    begun = attributes.feature_identity if attributes else {}
     device = job.backbone_settings.device
     if device == "auto":
         device = str(begun.get("device") or choose_device("auto", "backbone.device"))
@@ -91,7 +94,8 @@ def fix_automatic(job: Job, out: Path, overwrite: bool) -> Job:
         threads = begun.get("threads") or os.cpu_count() or 1
     settings = job.settings.model_copy(update={"batch_size": batch, "threads": threads})
     backbone = job.backbone_settings.model_copy(update={"device": device})
-    return Job(job.source_settings, backbone, settings, job.store)
+    algorithm = attributes.digest_algorithm if attributes else CURRENT
+    return replace(job, backbone_settings=backbone, settings=settings, digest_algorithm=algorithm)
 
 
 def fix_threads(job: Job, out: Path, overwrite: bool, threads: int) -> Job:
@@ -214,6 +218,7 @@ def new_attributes(
         layers=layers,
         encoding=job.store.encoding,
         decode=decode_formula(job.store.encoding),
+        digest_algorithm=job.digest_algorithm,
         previews=job.store.previews,
         latents=info.latent_shape(image_size) if job.store.latents else None,
         valid=True,

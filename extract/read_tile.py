@@ -17,6 +17,7 @@ from satdifuser.extract.changes import file_state
 from satdifuser.extract.images import Prepared, colour_statistics, preview, to_rgb
 from satdifuser.extract.settings import ImageSettings
 from satdifuser.extract.sources.tile import Source, TileRecord
+from satdifuser.store.digest import DigestAlgorithm
 from satdifuser.store.writer import TileRow
 
 LABEL_TYPES = {"classification": np.int32, "multilabel": np.uint8}
@@ -29,6 +30,7 @@ class Preparation:
     images: ImageSettings
     previews: bool  # whether the store keeps small pictures
     image_size: tuple[int, int]  # (H, W) px at which the backbone sees tiles
+    digest_algorithm: DigestAlgorithm  # of the store
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def read_row(preparation: Preparation, source: Source, record: TileRecord) -> tu
     row = replace(
         row,
         date=record.date,
-        image_digest=prepared.digest,
+        image_digest=prepared.digest(preparation.digest_algorithm),
         valid_share=float(tile.valid.mean()),
         padded=record.padded,
         cloud_cover=math.nan if record.cloud_cover is None else record.cloud_cover,

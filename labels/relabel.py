@@ -26,7 +26,8 @@ from satdifuser.labels.settings import LabelSettings, RandomSplit
 from satdifuser.labels.spatial import Drawn, draw_partitions, leak_warning
 from satdifuser.labels.splits import splits_of_shares
 from satdifuser.store.card import carry_card
-from satdifuser.store.files import file_digest, take_place
+from satdifuser.store.digest import file_digest
+from satdifuser.store.files import take_place
 from satdifuser.store.layout import UNLABELLED
 from satdifuser.store.location import Location, is_remote
 from satdifuser.store.lock import StoreLock

@@ -38,6 +38,7 @@ from satdifuser.store.writer import Encoded, StoreWriter, TileRow
 ALIKE = (
     *("task", "classes", "ignore_value", "tile_size", "partition", "partitions", "encoding", "previews"),
     *("latents", "valid", "cloud_cover", "colour_statistics", "feature_identity"),
+    "digest_algorithm",
 )  # attributes in which two stores must agree to be joined
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
+from satdifuser.store.digest import DigestAlgorithm, new_hasher
 from satdifuser.store.settings import Encoding
 from satdifuser.store.shard_file import BLOSC_LEVEL
 
@@ -25,6 +26,7 @@ Floats = NDArray[np.float32]
 INT8_MAX = 127
 INT4_STEPS = 15
 MANTISSA_BITS, KEPT_BITS = 10, 5  # of float16; by `rounded`
+TABLE_LEVEL = 3  # of zstd, for small arrays
 
 
 @dataclass(frozen=True)
@@ -211,22 +213,25 @@ def value_codecs(encoding: Encoding) -> list[BytesBytesCodec]:
 
 def table_codecs() -> list[BytesBytesCodec]:
     """Codecs of every small array; zstd's own checksum would leave some bits of the file uncovered."""
-    return [ZstdCodec(level=3), Crc32cCodec()]
+    return [ZstdCodec(level=TABLE_LEVEL), Crc32cCodec()]
 
 
-def tile_digests(groups: Mapping[str, Mapping[str, NDArray[np.generic]]]) -> list[str]:
-    """SHA-256 of each tile's stored arrays (values, pooled, scale …), groups and arrays in name order.
+def tile_digests(
+    groups: Mapping[str, Mapping[str, NDArray[np.generic]]], algorithm: DigestAlgorithm
+) -> list[str]:
+    """Digest of each tile's stored arrays (values, pooled, scale …), groups and arrays in name order.
 
     Args:
         groups: Group name to array name to an array whose first axis is the tile.
+        algorithm: Of the store.
     """
     arrays = [groups[group][name] for group in sorted(groups) for name in sorted(groups[group])]
     digests = []
     for items in zip(*arrays, strict=True):
-        digest = hashlib.sha256()
+        hasher = new_hasher(algorithm)
         for item in items:
-            digest.update(np.ascontiguousarray(item).data)
-        digests.append(digest.hexdigest())
+            hasher.update(np.ascontiguousarray(item).reshape(-1).view(np.uint8).data)
+        digests.append(hasher.hexdigest())
     return digests
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import hashlib
 import os
 import shutil
 import uuid
@@ -18,6 +17,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from satdifuser.errors import StoreError
+from satdifuser.store.digest import DigestAlgorithm, new_hasher
 
 PARTIAL_SUFFIX = ".partial"
 CARD = "README.md"  # of a store, for people
@@ -29,12 +29,19 @@ Part = bytes | memoryview
 class DurableStore(LocalStore):
     """A `LocalStore` that syncs each file before renaming it into place.
 
-    ``written`` maps every key set since the last `forget` to its (size in bytes, SHA-256). After a write
+    ``written`` maps every key set since the last `forget` to its (size in bytes, digest). After a write
     has failed, none is taken any more.
+
+    Args:
+        root: The store's folder.
+        algorithm: Of the digests.
     """
 
-    def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
+    def __init__(
+        self, root: Path | str, *, read_only: bool = False, algorithm: DigestAlgorithm = "sha256"
+    ) -> None:
         super().__init__(root, read_only=read_only)
+        self._algorithm = algorithm
         self.written: dict[str, tuple[int, str]] = {}
         self._failure: OSError | None = None
 
@@ -48,7 +55,7 @@ class DurableStore(LocalStore):
         if self._failure is not None:
             raise self._failure
         try:
-            digest = write_durably(self.root / key, *parts)
+            digest = write_durably(self.root / key, *parts, algorithm=self._algorithm)
         except OSError as error:
             self._failure = error
             raise
@@ -78,27 +85,28 @@ class DurableStore(LocalStore):
 
     def sync_folders(self) -> None:
         """Make the directory entries of all written keys durable."""
-        folders = {self.root}
+        folders = {""}
         for key in self.written:
-            folders.update(self.root / parent for parent in Path(key).parents)
+            while (key := key.rpartition("/")[0]) not in folders:
+                folders.add(key)
         for folder in folders:
-            sync_folder(folder)
+            sync_folder(self.root / folder)
 
 
-def write_durably(path: Path, *parts: Part) -> str:
-    """Write a file of some parts so that its name only ever shows the whole content; its SHA-256."""
+def write_durably(path: Path, *parts: Part, algorithm: DigestAlgorithm = "sha256") -> str:
+    """Write a file of some parts so that its name only ever shows the whole content; its digest."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
+    hasher = new_hasher(algorithm)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         with partial.open("wb", buffering=BUFFER_BYTES) as file:
             for part in parts:
                 file.write(part)
-                digest.update(part)  # while the part is in the processor's cache
+                hasher.update(part)  # while the part is in the processor's cache
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        return digest.hexdigest()
+        return hasher.hexdigest()
     except OSError as error:  # Python names no file where a write fails
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
@@ -162,12 +170,6 @@ def write_error(path: Path, error: OSError, shard: int | None = None) -> StoreEr
         f"{where}: cannot write: {error}; committed shards are kept: mend the cause and run the same command "
         "again"
     )
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_orphans(root: Path) -> int:

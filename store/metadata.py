@@ -16,7 +16,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from satdifuser.errors import StoreError
-from satdifuser.store.files import file_digest, write_durably
+from satdifuser.store.digest import file_digest
+from satdifuser.store.files import write_durably
 from satdifuser.store.schema import ATTRIBUTE_KEY, FORMAT_VERSION, Attributes
 
 ROOT = "zarr.json"

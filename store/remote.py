@@ -1,7 +1,7 @@
 """Stores that are no local folders: in a bucket (``s3://``, ``gs://``), on a web server, in a .zip file.
 
 They are read through a local cache: a file is fetched when it is first needed, checked against the size and
-SHA-256 that the store recorded for it, and kept. So training reads them at the speed of the disk once the
+digest that the store recorded for it, and kept. So training reads them at the speed of the disk once the
 cache is warm. `upload` writes a bucket; what tells the whole from a part, the root's zarr.json, goes last.
 """
 
@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +27,8 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from satdifuser.errors import StoreError, UnreachableError
-from satdifuser.store.files import CARD, PARTIAL_SUFFIX, file_digest
+from satdifuser.store.digest import DigestAlgorithm, file_digest, new_hasher
+from satdifuser.store.files import CARD, PARTIAL_SUFFIX
 from satdifuser.store.location import Location
 from satdifuser.store.metadata import MAX_METADATA_BYTES, ROOT, SEAL_KEY
 
@@ -50,6 +52,28 @@ class Place(Protocol):
         """The sizes of those of some files that are there."""
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a store recorded of a file: bytes, and a digest; None where there is no record."""
+
+    size: int | None = None
+    digest: str | None = None
+    algorithm: DigestAlgorithm = "sha256"
+
+    @property
+    def most_bytes(self) -> int:
+        """How many bytes it may have."""
+        return MAX_METADATA_BYTES if self.size is None else self.size
+
+    def fits(self, file: Path) -> bool:
+        """Whether a file is as recorded."""
+        whole = self.size in (None, file.stat().st_size)
+        return whole and self.digest in (None, file_digest(file, self.algorithm))
+
+
+UNRECORDED = Recorded()
+
+
 class Mirror:
     """The local copies of a store's files.
 
@@ -63,13 +87,12 @@ class Mirror:
         self.folder = cache_folder(address)
         self._fetch_metadata()
 
-    def fetch(self, key: str, size: int | None = None, digest: str | None = None) -> Path:
+    def fetch(self, key: str, expected: Recorded = UNRECORDED) -> Path:
         """The local copy of a file, fetched and checked where it is not there yet.
 
         Args:
             key: Its path in the store.
-            size: Its size in bytes; None for metadata of any reasonable size.
-            digest: Its SHA-256; None where none is recorded.
+            expected: What is recorded of it; metadata without a record may be of any reasonable size.
 
         Raises:
             StoreError: it is missing, other than recorded, or cannot be fetched.
@@ -80,7 +103,7 @@ class Mirror:
         for attempt in range(1, ATTEMPTS + 1):
             if path.is_file():
                 break
-            self._try(path, key, size, digest, last=attempt == ATTEMPTS)
+            self._try(path, key, expected, last=attempt == ATTEMPTS)
         return path
 
     def read_text(self, key: str) -> str | None:
@@ -90,12 +113,12 @@ class Mirror:
         except (FileNotFoundError, _OtherBytesError):
             return None
 
-    def digest_of(self, key: str) -> str:
-        """SHA-256 of a file where the store is, whatever is cached of it."""
-        digest = hashlib.sha256()
+    def digest_of(self, key: str, algorithm: DigestAlgorithm) -> str:
+        """Digest of a file where the store is, whatever is cached of it."""
+        hasher = new_hasher(algorithm)
         for piece in self._pieces(key):
-            digest.update(piece)
-        return digest.hexdigest()
+            hasher.update(piece)
+        return hasher.hexdigest()
 
     def fetch_all(self, keys: Iterable[str], fetch: Callable[[str], object]) -> None:
         """Fetch several files at once."""
@@ -103,16 +126,16 @@ class Mirror:
             for _ in pool.map(fetch, keys):
                 pass
 
-    def _try(self, path: Path, key: str, size: int | None, digest: str | None, last: bool) -> None:
+    def _try(self, path: Path, key: str, expected: Recorded, last: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
         try:
             with partial.open("wb") as file:
-                for piece in _at_most(self._pieces(key), MAX_METADATA_BYTES if size is None else size):
+                for piece in _at_most(self._pieces(key), expected.most_bytes):
                     file.write(piece)
             found = partial.stat().st_size
-            if size not in (None, found) or digest not in (None, file_digest(partial)):
-                raise _OtherBytesError(f"{found} bytes came, of {size or 'any'}; the SHA-256 differs")
+            if not expected.fits(partial):
+                raise _OtherBytesError(f"{found} bytes came, of {expected.size or 'any'}; the digest differs")
             partial.replace(path)
         except _OtherBytesError as error:
             if last:
@@ -140,13 +163,13 @@ class Mirror:
         cached = self.folder / ROOT
         if cached.is_file() and cached.read_bytes() != text:
             shutil.rmtree(self.folder)
-        self.fetch(ROOT, len(text))
+        self.fetch(ROOT, Recorded(len(text)))
         try:
             sealed = json.loads(text)["attributes"][SEAL_KEY]
             others = {str(key): str(digest) for key, digest in sealed.items() if key != ROOT}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return  # not a store: whoever opens it says what is wrong
-        self.fetch_all(others, lambda key: self.fetch(key, None, others[key]))
+        self.fetch_all(others, lambda key: self.fetch(key, Recorded(digest=others[key])))
 
 
 class _OtherBytesError(Exception):
@@ -339,9 +362,9 @@ def _put_files(store: FeatureStore, bucket: Bucket, there: dict[str, int]) -> No
 
     def put(key: str) -> None:
         path = store.folder / key
-        if key in recorded and file_digest(path) != recorded[key][1]:
+        if key in recorded and store.digest_of(key) != recorded[key][1]:
             raise StoreError(
-                f"{store.path}: {key} was altered (SHA-256 differs); see `satdifuser store verify --deep`"
+                f"{store.path}: {key} was altered (its digest differs); see `satdifuser store verify --deep`"
             )
         bucket.write(key, path)
 

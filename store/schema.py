@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from satdifuser.store.digest import DigestAlgorithm
 from satdifuser.store.encoding import FORMS
 from satdifuser.store.settings import PARTITION_NAME, Encoding, Settings, StoreSettings
 
@@ -80,6 +81,7 @@ class Attributes(Settings):
     layers: list[LayerInfo] = Field(min_length=1, max_length=MAX_LAYERS)
     encoding: Encoding
     decode: str
+    digest_algorithm: DigestAlgorithm = "sha256"  # of files, tiles and images; stores from before do not say
     previews: bool
     latents: tuple[Channels, Side, Side] | None = None  # (C, h, w) where they are held
     valid: bool = False  # whether it says of each pixel of a tile if it holds data

@@ -54,12 +54,12 @@ def pack_shard(chunks: Iterable[Bytes], places: int, itemsize: int = 0) -> list[
     offset = 0
     for i, chunk in enumerate(chunks):
         body = compress(chunk, itemsize) if itemsize else chunk
-        parts += [body if isinstance(body, bytes) else body.data, _checksum(body)]
+        parts += [body if isinstance(body, bytes) else body.data, checksum(body)]
         size = len(body) + CHECKSUM_BYTES
         index[i] = offset, size
         offset += size
     table = index.tobytes()
-    return [*parts, table, _checksum(table)]
+    return [*parts, table, checksum(table)]
 
 
 def compress(chunk: Bytes, itemsize: int) -> bytes:
@@ -69,7 +69,8 @@ def compress(chunk: Bytes, itemsize: int) -> bytes:
     return packed
 
 
-def _checksum(data: bytes | Bytes) -> bytes:
+def checksum(data: bytes | Bytes) -> bytes:
+    """CRC32C as it stands behind what it covers."""
     return struct.pack("<I", crc32c(data))
 
 
@@ -130,7 +131,7 @@ class ShardFile:
         if start < 0:
             raise DamagedShardError(f"{size} bytes, too few for its index")
         tail = os.pread(self._descriptor, length + CHECKSUM_BYTES, start)
-        if len(tail) != length + CHECKSUM_BYTES or _checksum(tail[:length]) != tail[length:]:
+        if len(tail) != length + CHECKSUM_BYTES or checksum(tail[:length]) != tail[length:]:
             raise DamagedShardError("the checksum of its index is wrong")
         index = np.frombuffer(tail, "<u8", 2 * places).reshape(places, 2)
         present = index[:, 0] != ABSENT
@@ -186,7 +187,7 @@ class ShardFile:
                 raise DamagedShardError(f"chunk {number} is absent")
             body = self._room_for_packed(offset, size) if self.compressed else chunk
             self._fill(offset, body, flags)
-            if _checksum(body[:size]) != body[size:].tobytes():
+            if checksum(body[:size]) != body[size:].tobytes():
                 raise DamagedShardError(f"the checksum of the chunk at byte {offset} is wrong")
             if self.compressed:
                 self._inflate(offset, body[:size], chunk[: self.chunk_bytes])

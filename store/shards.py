@@ -19,11 +19,12 @@ import zarr
 from zarr.storage import MemoryStore
 
 from satdifuser.errors import StoreError, UnreachableError
-from satdifuser.store.files import CARD, file_digest
+from satdifuser.store.digest import file_digest
+from satdifuser.store.files import CARD
 from satdifuser.store.layout import create_arrays
 from satdifuser.store.location import Location, is_remote
 from satdifuser.store.metadata import MAX_METADATA_BYTES, ROOT, read_attributes
-from satdifuser.store.remote import Mirror
+from satdifuser.store.remote import Mirror, Recorded
 from satdifuser.store.sharded_array import Indices
 from satdifuser.store.zstd_frame import HEAD_BYTES, content_size
 
@@ -49,7 +50,10 @@ class ShardedStore:
 
     def locate(self, key: str) -> Path:
         """The local file of a committed key; that of a remote store is fetched first."""
-        return self._mirror.fetch(key, *self.recorded_files()[key]) if self._mirror else self.folder / key
+        if not self._mirror:
+            return self.folder / key
+        size, digest = self.recorded_files()[key]
+        return self._mirror.fetch(key, Recorded(size, digest, self.attributes.digest_algorithm))
 
     def card(self) -> str | None:
         """The text of its README.md, which people may have edited; None where it has none."""
@@ -65,8 +69,11 @@ class ShardedStore:
         return None if self._local_size(CARD) is None else self.folder / CARD
 
     def digest_of(self, key: str) -> str:
-        """SHA-256 of a file where the store is, not of a local copy."""
-        return self._mirror.digest_of(key) if self._mirror else file_digest(self.folder / key)
+        """Digest of a file where the store is, not of a local copy."""
+        algorithm = self.attributes.digest_algorithm
+        if self._mirror:
+            return self._mirror.digest_of(key, algorithm)
+        return file_digest(self.folder / key, algorithm)
 
     # --- completeness
 
@@ -140,12 +147,13 @@ class ShardedStore:
         return Path(path).stat().st_size if inside and Path(path).is_file() else None
 
     def recorded_files(self) -> dict[str, tuple[int, str]]:
-        """Size in bytes and SHA-256 of all committed files."""
+        """Size in bytes and digest of all committed files."""
         return self._recorded
 
     @cached_property
     def _recorded(self) -> dict[str, tuple[int, str]]:
-        return {key: (size, sha) for c in self.commits for key, (size, sha) in c.get("files", {}).items()}
+        files = (record.get("files", {}) for record in self.commits)
+        return {key: (size, digest) for each in files for key, (size, digest) in each.items()}
 
     def require_complete(self) -> None:
         """Raise StoreError unless every shard is committed and its files are there."""

@@ -98,7 +98,7 @@ def _wrong_bytes(store: FeatureStore, shard: int) -> list[str]:
 
 def _altered_files(store: FeatureStore, shard: int) -> list[str]:
     return [
-        f"{key} was altered after it was committed (SHA-256 differs)"
+        f"{key} was altered after it was committed (its digest differs)"
         for key, (_, digest) in sorted(store.commits[shard]["files"].items())
         if store.digest_of(key) != digest
     ]
@@ -115,7 +115,7 @@ def _wrong_digests(store: FeatureStore, shard: int) -> list[str]:
         arrays = store.stored(rows)
         for group in arrays:
             arrays[group]["pooled"] = store.pooled_group(group, rows)
-        found = tile_digests(arrays)
+        found = tile_digests(arrays, store.attributes.digest_algorithm)
         problems += [
             f"tile {name}: features differ from the digest recorded for them"
             for name, reason, was, now in zip(names, reasons, recorded, found, strict=True)

@@ -34,6 +34,7 @@ from satdifuser.store.lock import StoreLock
 from satdifuser.store.metadata import require_current
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.shard_file import pack_shard
+from satdifuser.store.table_file import pack_table
 
 Item = TypeVar("Item")
 Encoded = dict[str, dict[str, NDArray[np.generic]]]  # group to array name to (B, ...)
@@ -52,7 +53,7 @@ class TileRow:
     crs: str = ""
     date: str = ""
     file_state: str = ""  # sizes and times of change of its files; "" where it has none
-    image_digest: str = ""  # SHA-256 of the image as it was prepared; "" where it was skipped
+    image_digest: str = ""  # of the image as it was prepared; "" where it was skipped
     bounds: tuple[float, float, float, float] = NAN4
     transform: tuple[float, float, float, float, float, float] = NAN6
     valid_share: float = float("nan")
@@ -87,10 +88,10 @@ class StoreWriter:
         require_current(path, self._store.attributes)
         if alone:
             remove_orphans(path)
-        self._files = DurableStore(path)
-        self._root = zarr.open_group(self._files, mode="r+")
-        self._arrays: dict[str, Any] = {}
         self.attributes = self._store.attributes
+        self._files = DurableStore(path, algorithm=self.attributes.digest_algorithm)
+        self._root = zarr.open_group(self._files, mode="r")
+        self._arrays: dict[str, Any] = {}
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -166,7 +167,7 @@ class StoreWriter:
             for key, (size, digest) in record["files"].items():
                 if not key.startswith(tuple(f"{name}/" for name in LABEL_ARRAYS)):
                     self._files.adopt(key, held.folder / key, size, digest)
-            self._write_labels(slice(*self.attributes.shard_range(shard)), rows)
+            self._write_labels(shard, rows)
             self._files.sync_folders()
             self._commit(shard, record | {"files": dict(self._files.written)})
         except OSError as error:
@@ -174,10 +175,12 @@ class StoreWriter:
             raise write_error(self._path, error, shard) from error
 
     def _write_data(self, shard: int, rows: Sequence[TileRow], batches: Sequence[Encoded]) -> None:
-        here = slice(*self.attributes.shard_range(shard))
         present = [not row.skip_reason for row in rows]
         with ThreadPoolExecutor(WRITE_THREADS, "write") as pool:
-            digests = [pool.submit(tile_digests, part) for batch in batches for part in _few_tiles(batch)]
+            algorithm = self.attributes.digest_algorithm
+            digests = [
+                pool.submit(tile_digests, part, algorithm) for batch in batches for part in _few_tiles(batch)
+            ]
             files = []
             for group in self._store.groups:
                 for name in self._store.array_names():
@@ -187,16 +190,16 @@ class StoreWriter:
                         [tile for batch in batches for tile in batch[group][name]], present, blank
                     )
                     if array.shards is None:
-                        array[here] = np.stack(tiles)
+                        self._write_table(f"features/{group}/{name}", shard, np.stack(tiles))
                         continue
                     for step in range(array.shape[1]):
                         files.append(pool.submit(self._write_file, array, shard, tiles, step))
-            self._write_tiles(here, rows)
-            self._write_labels(here, rows)
+            self._write_tiles(shard, rows)
+            self._write_labels(shard, rows)
             for file in files:
                 file.result()
         found = [digest for part in digests for digest in part.result()]
-        self._array("tiles/digest")[here] = _texts(_spread(found, present, ""))
+        self._write_table("tiles/digest", shard, _texts(_spread(found, present, "")))
 
     def _write_file(self, array: Any, shard: int, tiles: Sequence[NDArray[np.generic]], step: int) -> None:
         """Write one timestep of tiles (timestep, layer, …) of a sharded array."""
@@ -212,50 +215,59 @@ class StoreWriter:
         key = "/".join(["c", str(shard), str(step), *"0" * (array.ndim - 2)])
         self._files.write(f"{array.path}/{key}", *parts)
 
-    def _write_tiles(self, here: slice, rows: Sequence[TileRow]) -> None:
+    def _write_tiles(self, shard: int, rows: Sequence[TileRow]) -> None:
         for name in ROW_TEXT_FIELDS:
             if f"tiles/{name}" not in LABEL_ARRAYS:
-                self._array(f"tiles/{name}")[here] = _texts(getattr(row, name) for row in rows)
+                self._write_table(f"tiles/{name}", shard, _texts(getattr(row, name) for row in rows))
         clouds = ("cloud_cover",) if self.attributes.cloud_cover else ()
         for name in ("bounds", "transform", "valid_share", "padded", *clouds):
-            self._array(f"tiles/{name}")[here] = np.array([getattr(row, name) for row in rows])
+            self._write_table(f"tiles/{name}", shard, np.array([getattr(row, name) for row in rows]))
         missing = np.full(len(self.attributes.colour_statistics), np.nan, np.float32)
         colour = [missing if row.colour is None else row.colour for row in rows]
-        self._array("tiles/colour")[here] = np.stack(colour)
+        self._write_table("tiles/colour", shard, np.stack(colour))
         if self.attributes.previews:
             empty = np.zeros((*self.attributes.tile_size, 3), np.uint8)
             previews = [empty if row.preview is None else row.preview for row in rows]
-            self._array("previews/rgb")[here] = np.stack(previews)
+            self._write_table("previews/rgb", shard, np.stack(previews))
         if self.attributes.latents:
             none = np.full(self.attributes.latents, np.nan, np.float32)
             latents = [none if row.latents is None else row.latents for row in rows]
-            self._array("latents")[here] = np.stack(latents)
+            self._write_table("latents", shard, np.stack(latents))
         if self.attributes.valid:
             nowhere = np.zeros(self.attributes.tile_size, np.bool_)
             valid = [nowhere if row.valid is None else row.valid for row in rows]
-            self._array("valid")[here] = np.packbits(np.stack(valid), axis=-1)
+            self._write_table("valid", shard, np.packbits(np.stack(valid), axis=-1))
 
-    def _write_labels(self, here: slice, rows: Sequence[TileRow]) -> None:
-        self._array("tiles/target_digest")[here] = _texts(row.target_digest for row in rows)
+    def _write_labels(self, shard: int, rows: Sequence[TileRow]) -> None:
+        self._write_table("tiles/target_digest", shard, _texts(row.target_digest for row in rows))
         for partition in self.attributes.partitions:
             codes = [SPLITS.index(row.partitions.get(partition, row.split)) for row in rows]
-            self._array(f"tiles/partitions/{partition}")[here] = np.array(codes, np.uint8)
+            self._write_table(f"tiles/partitions/{partition}", shard, np.array(codes, np.uint8))
         name = target_array(self.attributes.task)
         if name is not None:
             array = self._array(name)
             blank = np.full(array.shape[1:], array.fill_value, array.dtype)
-            array[here] = np.stack([blank if row.target is None else row.target for row in rows])
+            targets = [blank if row.target is None else row.target for row in rows]
+            self._write_table(name, shard, np.stack(targets))
+
+    def _write_table(self, name: str, place: int, rows: NDArray[Any]) -> None:
+        """Write one chunk, by its place along the first axis, of an array that is not sharded."""
+        array = self._array(name)
+        if not rows.size:  # an array of no columns has no files
+            return
+        key = "/".join(["c", str(place), *"0" * (array.ndim - 1)])
+        parts = pack_table(rows.astype(array.dtype, copy=False), array.chunks[0], array.fill_value)
+        self._files.write(f"{name}/{key}", *parts)
 
     def _commit(self, shard: int, record: Mapping[str, Any]) -> None:
         self._files.forget()
-        self._array("commits")[shard : shard + 1] = _texts([json.dumps(record, sort_keys=True)])
+        self._write_table("commits", shard, _texts([json.dumps(record, sort_keys=True)]))
         self._files.sync_folders()
 
     def _array(self, name: str) -> Any:
-        """An array, opened once, that writes chunks of mere fill values too: a missing file is damage."""
+        """An array's shape, chunks and dtype; opened once."""
         if name not in self._arrays:
-            array: Any = self._root[name]
-            self._arrays[name] = array.with_config({"write_empty_chunks": True})
+            self._arrays[name] = self._root[name]
         return self._arrays[name]
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from satdifuser.extract.unet import SatUNet
+from satdifuser.store.digest import CURRENT
 from satdifuser.store.encoding import decode_formula, encode
 from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore
@@ -27,6 +28,7 @@ def store_attributes(**fields: Any) -> Attributes:
     common = {
         "store_id": "x",
         "decode": decode_formula(fields["encoding"]),
+        "digest_algorithm": CURRENT,
         "created": "now",
         "software": {"satdifuser": "0"},
         "ignore_value": 255,

@@ -259,7 +259,7 @@ def test_a_full_disk_stops_at_the_next_batch(
             return WRITE_SHARD(self, shard, *rest)
         assert under_way.wait(10)
         with monkeypatch.context() as patch:
-            patch.setattr(store_files, "write_durably", lambda *_: fail())
+            patch.setattr(store_files, "write_durably", lambda *_, **__: fail())
             try:
                 return WRITE_SHARD(self, shard, *rest)
             finally:

@@ -19,6 +19,7 @@ from satdifuser.extract.images import to_rgb
 from satdifuser.extract.settings import FolderSettings
 from satdifuser.extract.sources import list_tiles, open_source
 from satdifuser.extract.sources.tile import TileRecord
+from satdifuser.store.digest import CURRENT
 from satdifuser.store.reader import open_store
 from satdifuser.store.writer import TileRow
 
@@ -108,7 +109,7 @@ def test_the_store_keeps_states_and_digests(folder: Path) -> None:
     source = open_source(settings := FolderSettings(kind="folder", root=folder))
     records = list_tiles(source)
     assert tiles.file_state.tolist() == [file_state(record) for record in records]
-    digests = [to_rgb(source.read(record), settings).digest for record in records]
+    digests = [to_rgb(source.read(record), settings).digest(CURRENT) for record in records]
     assert tiles.image_digest.tolist() == digests
     assert len(set(digests)) == 6
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -37,6 +36,7 @@ from numpy.typing import NDArray
 
 from satdifuser.cli import cli
 from satdifuser.errors import StoreError
+from satdifuser.store.digest import CURRENT, digest_of
 from satdifuser.store.encoding import encode
 from satdifuser.store.files import take_place
 from satdifuser.store.metadata import seal
@@ -116,7 +116,7 @@ def test_verify_on_the_command_line_says_how_to_mend(copy: Path) -> None:
     told = CliRunner().invoke(cli, ["store", "verify", str(copy), "--deep"])
     assert (told.exit_code, told.stdout.count("\n")) == (1, 1)
     assert told.stdout.endswith(
-        f"{VALUES}/1/1/0/0/0/0 was altered after it was committed (SHA-256 differs)\n"
+        f"{VALUES}/1/1/0/0/0/0 was altered after it was committed (its digest differs)\n"
     )
     assert told.stderr.endswith(
         f"to mend: `satdifuser store repair {copy} --deep` drops what is damaged, and the same "
@@ -215,7 +215,7 @@ def test_damaged_data_is_named_by_store_array_and_tiles(
     with pytest.raises(StoreError, match=text):
         [read(rows) for read in (*reads, lambda rows: store.pooled_group("stride_02", rows))]
     (found,) = verify(store, deep=True)
-    assert found.endswith(f"{key} was altered after it was committed (SHA-256 differs)")
+    assert found.endswith(f"{key} was altered after it was committed (its digest differs)")
 
 
 def test_damaged_tables_are_refused(copy: Path) -> None:
@@ -243,7 +243,8 @@ def test_a_damaged_commit_record_is_told_and_hides_no_other_shard(copy: Path) ->
         *found, last = problems(copy, deep)
         assert (
             found
-            == [f"shard 0: {VALUES}/0/1/0/0/0/0 was altered after it was committed (SHA-256 differs)"] * deep
+            == [f"shard 0: {VALUES}/0/1/0/0/0/0 was altered after it was committed (its digest differs)"]
+            * deep
         )
         assert last.startswith("shard 1: commits/c/1 is damaged (")
 
@@ -265,7 +266,7 @@ def test_renamed_and_exchanged_files_are_found(copy: Path) -> None:
     assert problems(copy) == [f"shard 0: {names[0]} is missing"]
     second.rename(first)
     first.with_name("aside").rename(second)
-    altered = "was altered after it was committed (SHA-256 differs)"
+    altered = "was altered after it was committed (its digest differs)"
     assert problems(copy, deep=True) == [f"shard 0: {name} {altered}" for name in names]
 
 
@@ -378,7 +379,7 @@ def test_a_forged_commit_record_does_not_hide_altered_features(copy: Path) -> No
     root["features/stride_02/values"][2, 0] = 1
     record = json.loads(str(root["commits"][1]))
     data = (copy / key).read_bytes()
-    record["files"][key] = [len(data), hashlib.sha256(data).hexdigest()]
+    record["files"][key] = [len(data), digest_of(data, CURRENT)]
     root["commits"][1:] = np.array([json.dumps(record)], np.dtypes.StringDType())
     assert problems(copy) == []
     found = ["shard 1: tile t2: features differ from the digest recorded for them"]

@@ -41,6 +41,15 @@ def test_format_1_is_read(old: FeatureStore) -> None:
         np.testing.assert_array_equal(maps[group][3, 2], np.array(values, np.float32))
 
 
+def test_format_1_is_read_from_where_it_is_not_local(
+    old: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SATDIFUSER_CACHE", str(tmp_path / "cache"))
+    remote = open_store(STORES / "format-1.zip")
+    assert verify(remote, deep=True) == []
+    assert remote.content_digest() == old.content_digest()
+
+
 def test_no_command_changes_a_store_of_an_older_format(
     old: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
