@@ -32,7 +32,6 @@ from satdifuser.extract.plan import Plan, make_plan
 from satdifuser.extract.readers import started_readers
 from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, FolderSettings
-from satdifuser.store.digest import CURRENT
 from satdifuser.store.opening import open_or_create
 from satdifuser.store.settings import StoreSettings
 from satdifuser.store.writer import TileRow
@@ -113,7 +112,7 @@ def writing(folder: Path) -> Iterator[list[int]]:
     ended, count = threading.Event(), [0]
     layers, rows = sd_layers(), [TileRow(str(tile), "train") for tile in range(TILES_OF_SHARD)]
     encoded = made_up(layers, "int8", TILES_OF_SHARD)
-    declared = attributes(layers, "int8", TILES_OF_SHARD, shards=1, algorithm=CURRENT)
+    declared = attributes(layers, "int8", TILES_OF_SHARD, shards=1)
     with open_or_create(folder / "s.zarr", declared, overwrite=True) as writer:
 
         def write() -> None:

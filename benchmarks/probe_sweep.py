@@ -41,6 +41,7 @@ from threadpoolctl import threadpool_limits
 from satdifuser.evaluate.probe_cells import Cell, SweepData, fit_cell, list_cells
 from satdifuser.evaluate.probe_workers import fit_cells, one_thread
 from satdifuser.evaluate.settings import ProbeSettings
+from satdifuser.store.digest import CURRENT
 from satdifuser.store.encoding import encode
 from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore, open_store
@@ -81,6 +82,7 @@ def write_store(path: Path, widths: tuple[int, ...], train: int, val: int) -> Fe
         layers=layers,
         encoding="int8",
         decode="",
+        digest_algorithm=CURRENT,
         previews=False,
         colour_statistics=[],
         backbone={"model": "none"},

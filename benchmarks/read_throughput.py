@@ -33,6 +33,7 @@ from satdifuser.fuse.inputs import named_inputs
 from satdifuser.fuse.network import build_network
 from satdifuser.fuse.settings import FitSettings
 from satdifuser.store.batches import BatchReader
+from satdifuser.store.digest import CURRENT
 from satdifuser.store.encoding import decode_formula, encode
 from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import FeatureStore, Stored
@@ -135,6 +136,7 @@ def write_store(
         layers=layers,
         encoding=encoding,
         decode=decode_formula(encoding),
+        digest_algorithm=CURRENT,
         previews=False,
         colour_statistics=[],
         backbone={},

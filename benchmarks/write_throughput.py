@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from satdifuser.store.digest import DigestAlgorithm
+from satdifuser.store.digest import CURRENT, DigestAlgorithm
 from satdifuser.store.encoding import decode_formula, encode
 from satdifuser.store.opening import open_or_create
 from satdifuser.store.schema import Attributes, Hashes, LayerInfo, group_layers
@@ -63,7 +63,11 @@ def sd_layers() -> list[LayerInfo]:
 
 
 def attributes(
-    layers: list[LayerInfo], encoding: Encoding, tiles: int, shards: int, algorithm: DigestAlgorithm
+    layers: list[LayerInfo],
+    encoding: Encoding,
+    tiles: int,
+    shards: int,
+    algorithm: DigestAlgorithm = CURRENT,
 ) -> Attributes:
     """What a store of made-up features declares about itself."""
     return Attributes(

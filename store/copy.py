@@ -38,7 +38,6 @@ from satdifuser.store.writer import Encoded, StoreWriter, TileRow
 ALIKE = (
     *("task", "classes", "ignore_value", "tile_size", "partition", "partitions", "encoding", "previews"),
     *("latents", "valid", "cloud_cover", "colour_statistics", "feature_identity"),
-    "digest_algorithm",
 )  # attributes in which two stores must agree to be joined
 
 
@@ -200,6 +199,12 @@ def _digest(part: Part) -> str:
 
 
 def _check_alike(first: FeatureStore, second: FeatureStore) -> None:
+    digests = [store.attributes.digest_algorithm for store in (second, first)]
+    if digests[0] != digests[1]:
+        raise StoreError(
+            f"{second.path} cannot be joined with the store {first.path}: the digests of their images are "
+            f"{digests[0]} and {digests[1]}, and copies keep them; extract one anew"
+        )
     ours, theirs = (
         {name: getattr(s.attributes, name) for name in ALIKE} | {"held": _held(s)} for s in (second, first)
     )

@@ -1,7 +1,7 @@
 """Digests that tell data apart: BLAKE3, or SHA-256 in stores that were made before.
 
 SHA-256 takes most of the time of writing where a processor has no instructions for it. Metadata and labels
-are small, weights are read once: their digests are SHA-256 everywhere, as `sha256sum` prints it.
+are small, weights are read once: their digests are SHA-256 everywhere.
 """
 
 from __future__ import annotations

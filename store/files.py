@@ -71,7 +71,7 @@ class DurableStore(LocalStore):
         try:
             place.hardlink_to(file)
         except OSError:  # another disk, or a file system without links
-            write_durably(place, file.read_bytes())
+            write_durably(place, file.read_bytes(), algorithm=self._algorithm)
         self.written[key] = (size, digest)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:

@@ -54,6 +54,12 @@ def read_attributes(path: Path) -> Attributes:
     try:
         return Attributes.model_validate(stored)
     except ValidationError as error:
+        unknown = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
+        if unknown:
+            raise StoreError(
+                f"{path}: declares {'.'.join(map(str, unknown[0]))}, of which this software knows nothing: "
+                "it was made by a newer one; update satdifuser"
+            ) from error
         places = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise StoreError(f"{path}: its attributes are damaged: {places}; {REPLACE}") from error
 

@@ -103,6 +103,10 @@ def refuse_zip(path: Path) -> None:
 
 def _check_same(path: Path, existing: Attributes, attributes: Attributes) -> None:
     fields = differing_fields(_source(attributes), _source(existing))
+    if existing.digest_algorithm != attributes.digest_algorithm:
+        fields.append(
+            f"digest_algorithm: {existing.digest_algorithm}, asked for {attributes.digest_algorithm}"
+        )
     if existing.planned == attributes.planned and not fields:
         if existing.copied_from == attributes.copied_from:
             return

@@ -28,8 +28,8 @@ def pack_table(rows: NDArray[Any], places: int, blank: Any) -> list[bytes]:
     Returns:
         The file's content, in parts that follow each other.
     """
-    chunk = np.full((places, *rows.shape[1:]), blank, rows.dtype)
-    chunk[: len(rows)] = rows
-    raw = VLenUTF8().encode(chunk.astype(object)) if rows.dtype.kind == "T" else chunk
+    absent = np.full((places - len(rows), *rows.shape[1:]), blank, rows.dtype)
+    chunk = np.concatenate([rows, absent]) if len(absent) else rows
+    raw = VLenUTF8().encode(chunk.astype(object)) if rows.dtype.kind == "T" else np.ascontiguousarray(chunk)
     body: bytes = zstd.compress(raw, TABLE_LEVEL)
     return [body, checksum(body)]

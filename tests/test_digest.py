@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,11 +16,15 @@ import yaml
 from blake3 import blake3
 from command_line import refuse, succeed
 from made_up import image_folder
-from made_up_store import build, contents, flip
+from made_up_store import build, contents, flip, new_attributes
 
+from satdifuser.errors import StoreError
 from satdifuser.extract import job
+from satdifuser.store.copy import tile_rows
 from satdifuser.store.digest import DigestAlgorithm, digest_of, file_digest
 from satdifuser.store.encoding import tile_digests
+from satdifuser.store.metadata import seal
+from satdifuser.store.opening import open_or_create, open_part
 from satdifuser.store.reader import FeatureStore, open_store
 from satdifuser.store.verify import verify
 
@@ -71,8 +76,44 @@ def test_a_copy_keeps_them_and_joins_only_its_like(tmp_path: Path, algorithm: Di
     assert verify(copy, deep=True) == []
     other = build(tmp_path / "other.zarr", digest_algorithm=OTHER[algorithm])
     said = refuse("store", "merge", store, other, "-o", tmp_path / "both.zarr")
-    assert f"digest_algorithm: store has {algorithm!r}, asked for {OTHER[algorithm]!r}" in said
+    assert f"the digests of their images are {OTHER[algorithm]} and {algorithm}, and copies keep them" in said
     assert contents(store) != contents(other)
+
+
+def test_a_store_is_gone_on_with_by_its_own_digests_only(tmp_path: Path) -> None:
+    """As where another process made it, or left it behind, since its shards were planned."""
+    path = build(tmp_path / "s.zarr", (0,), digest_algorithm="sha256")
+    for open_it in (
+        lambda asked: open_or_create(path, asked, overwrite=False),
+        lambda asked: open_part(path, asked),
+    ):
+        with pytest.raises(StoreError, match="digest_algorithm: sha256, asked for blake3"):
+            open_it(new_attributes(digest_algorithm="blake3"))
+
+
+@pytest.mark.parametrize("algorithm", BOTH)
+def test_files_that_another_store_takes_over_keep_their_digests(
+    tmp_path: Path, algorithm: DigestAlgorithm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = open_store(build(tmp_path / "old.zarr", digest_algorithm=algorithm))
+    monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    with open_or_create(tmp_path / "new.zarr", old.attributes, overwrite=False) as writer:
+        for shard in range(old.attributes.shards):
+            rows = tile_rows(old, np.arange(*old.attributes.shard_range(shard)))
+            writer.adopt_shard(shard, old, rows)
+    new = open_store(tmp_path / "new.zarr")
+    assert new.recorded_files() == old.recorded_files()
+    assert verify(new, deep=True) == []
+
+
+def test_a_store_of_newer_software_is_not_called_damaged(tmp_path: Path) -> None:
+    path = build(tmp_path / "s.zarr")
+    root = json.loads((path / "zarr.json").read_text())
+    root["attributes"]["satdifuser"]["colours_of_tomorrow"] = 1
+    (path / "zarr.json").write_text(json.dumps(root))
+    seal(path)
+    with pytest.raises(StoreError, match=r"declares colours_of_tomorrow, .* newer one; update satdifuser"):
+        open_store(path)
 
 
 @pytest.fixture
