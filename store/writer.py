@@ -252,7 +252,10 @@ class StoreWriter:
 
     def _write_table(self, name: str, place: int, rows: NDArray[Any]) -> None:
         """Write one chunk, by its place along the first axis, of an array that is not sharded."""
-        array = self._array(name)
+        array, first = self._array(name), place * self._array(name).chunks[0]
+        expected = (min(array.chunks[0], array.shape[0] - first), *array.shape[1:])
+        if rows.shape != expected:
+            raise ValueError(f"{name}: got rows of shape {rows.shape}, expected {expected}")
         if not rows.size:  # an array of no columns has no files
             return
         key = "/".join(["c", str(place), *"0" * (array.ndim - 1)])

@@ -10,13 +10,14 @@ import pytest
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
-from made_up_store import build
+from made_up_store import build, tile_row
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from satdifuser.store.encoding import table_codecs
 from satdifuser.store.table_file import pack_table
+from satdifuser.store.writer import StoreWriter
 
 PLACES = 5
 
@@ -60,6 +61,16 @@ def test_numbers(count: int, dtype: str, shape: tuple[int, ...], blank: Any) -> 
 def test_texts(texts: list[str]) -> None:
     rows = np.array(texts, np.dtypes.StringDType())
     assert b"".join(pack_table(rows, PLACES, "")) == by_zarr(rows, str, "")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_shard_of_too_few_or_too_many_rows_is_refused(tmp_path: Path, count: int) -> None:
+    store = build(tmp_path / "s.zarr", ())
+    with (
+        StoreWriter(store, lock=None) as writer,
+        pytest.raises(ValueError, match=r"tile_id: got rows of shape \(\d,\), expected \(2,\)"),
+    ):
+        writer._write_tiles(0, [tile_row(tile) for tile in range(count)])
 
 
 def test_a_store_holds_what_zarr_would_write(tmp_path: Path) -> None:
