@@ -96,7 +96,11 @@ def test_files_that_another_store_takes_over_keep_their_digests(
     tmp_path: Path, algorithm: DigestAlgorithm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = open_store(build(tmp_path / "old.zarr", digest_algorithm=algorithm))
-    monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+
+    def refuse_links(*_: Path) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse_links)
     with open_or_create(tmp_path / "new.zarr", old.attributes, overwrite=False) as writer:
         for shard in range(old.attributes.shards):
             rows = tile_rows(old, np.arange(*old.attributes.shard_range(shard)))
