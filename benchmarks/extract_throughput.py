@@ -43,8 +43,7 @@ from made_up_backbone import SIZES, make_backbone, make_images
 from several_processes import rate_of
 
 from satdifuser.extract import run
-from satdifuser.extract.background import Background
-from satdifuser.extract.compute import Work, compute_shard
+from satdifuser.extract.compute import Work, beside, compute_shard
 from satdifuser.extract.device import stack_for
 from satdifuser.extract.job import Job
 from satdifuser.extract.loading import load_work
@@ -313,7 +312,7 @@ class Bench:
                 extractor.latents(pictures, [t.row.tile_id for t in part])
 
         def everything_but_writing() -> None:
-            with Background("encode") as encoding:
+            with beside(self.work) as encoding:
                 values = ValueRange(job.images)
                 compute_shard(self.work, iter(found), self.tiles, values, encoding, encoding.check)
 

@@ -1,7 +1,7 @@
-"""A thread that does one thing at a time, so that encoding and writing run beside the backbone.
+"""Threads that work beside the one that hands them tasks: what encodes, what writes, what computes on a CPU.
 
-Whoever hands it the next task waits where others still wait: what waits in memory stays bounded, tasks are
-done in their order, and none is begun after one that failed.
+Whoever hands over the next task waits where others still wait: what waits in memory stays bounded, tasks are
+begun in their order, and none after one that failed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -16,16 +17,23 @@ Result = TypeVar("Result")
 
 
 class Background:
-    """One thread, for the length of a `with` block; leaving the block waits for the tasks handed to it.
+    """Some threads, for the length of a `with` block; leaving the block waits for the tasks handed to them.
+
+    ``stopped`` is set once the block is left by an error.
 
     Args:
-        name: Of the thread.
-        waiting: How many tasks may wait behind the one under way.
+        name: Of the threads.
+        waiting: How many tasks may wait behind those under way.
+        threads: How many tasks may be under way.
+        begin: What each thread does first.
     """
 
-    def __init__(self, name: str, waiting: int = 0) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
-        self._waiting = waiting
+    def __init__(
+        self, name: str, waiting: int = 0, threads: int = 1, begin: Callable[[], None] | None = None
+    ) -> None:
+        self.stopped = Event()
+        self._pool = ThreadPoolExecutor(threads, name, begin)
+        self._most = threads + waiting
         self._handed: deque[Future[Any]] = deque()
         self._error: BaseException | None = None
 
@@ -35,7 +43,7 @@ class Background:
         Raises:
             BaseException: whatever a task before raised; this one is not begun.
         """
-        while len(self._handed) > self._waiting:
+        while len(self._handed) >= self._most:
             self._handed[0].result()
             self._handed.popleft()
         self.check()
@@ -69,6 +77,8 @@ class Background:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self.stopped.set()
         self._pool.shutdown()  # an interrupted run still commits the shards that were handed over
         if kind is None:
             self.wait()

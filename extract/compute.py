@@ -1,7 +1,8 @@
 """Turns tiles into encoded features, batch by batch.
 
 A batch is sent through the backbone, reduced to what the store keeps on the backbone's device, and fetched by
-another thread while the next one runs. One that does not fit into the device's memory is split.
+another thread while the next one runs. One that does not fit into the device's memory is split. On a CPU,
+other threads do all of it, for two batches at once.
 
 Legend: B tiles, T timesteps, L layers, C channels, h and w latent pixels, H and W feature pixels.
 """
@@ -12,8 +13,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -29,6 +31,7 @@ from satdifuser.extract.device import Fetcher, Stopwatch, stack_for
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.images import Floats
 from satdifuser.extract.job import Job
+from satdifuser.extract.lanes import Lanes
 from satdifuser.extract.read_tile import ReadTile
 from satdifuser.extract.value_range import ValueRange
 from satdifuser.store.device import device_name
@@ -45,6 +48,7 @@ class Work:
     extractor: FeatureExtractor
     image_size: tuple[int, int]  # (H, W) px
     metadata: Mapping[str, Tensor]  # by tile id (7,) normalised; empty for a backbone that reads none
+    lanes: Lanes | None = None  # for several batches at once
 
     @cached_property
     def fetcher(self) -> Fetcher:
@@ -67,13 +71,29 @@ class Work:
         return torch.stack([self.metadata[tile_id] for tile_id in ids]) if self.metadata else None
 
 
+@contextmanager
+def beside(work: Work) -> Iterator[Background]:
+    """What takes batches, for the length of a `with` block: one thread that fetches, or one for each lane."""
+    if work.lanes is None:
+        with Background("encode") as encoding:
+            yield encoding
+        return
+    count, threads = work.lanes.count, int(work.job.settings.threads)
+    share = partial(torch.set_num_threads, threads // count)
+    try:
+        with Background("compute", waiting=1, threads=count, begin=share) as computing:
+            yield computing
+    finally:
+        torch.set_num_threads(threads)  # of threads to come: each thread keeps its own number
+
+
 @dataclass(frozen=True)
 class Features:
     """A batch as the store keeps it."""
 
     latents: Floats  # (B, c, h, w)
     encoded: Encoded
-    seconds: float  # that the device took
+    seconds: float  # that the whole device took
 
 
 @dataclass
@@ -134,7 +154,7 @@ def compute_shard(
         tiles: The tiles, as they are read.
         count: How many of them make up the shard.
         values: Takes note of their values.
-        encoding: Fetches each batch while the next one is computed.
+        encoding: What is `beside` the work.
         before_batch: Called before each batch; what it raises ends the work.
 
     Returns:
@@ -162,18 +182,18 @@ def compute_batch(
         work: What turns tiles into features.
         tiles: The B tiles.
         shard: Takes the results.
-        encoding: Fetches them.
+        encoding: What is `beside` the work.
         first: The place of the first tile in the whole batch, where each place has a prompt of its own.
 
     Raises:
         DeviceError: there is no memory for a single tile.
     """
     try:
-        finish = launch_images(work, tiles, first, shard.widened)
+        task = task_of(work, encoding, lambda work: launch_images(work, tiles, first, shard.widened))
     except torch.OutOfMemoryError as error:  # which holds the batch's memory as long as it is held
         reason = str(error).split(". ")[0]
     else:
-        shard.batches.append(encoding.hand(finish))
+        shard.batches.append(encoding.hand(task))
         return
     if len(tiles) == 1:
         raise DeviceError(memory_message(work, tiles[0].row.tile_id, reason))
@@ -183,6 +203,22 @@ def compute_batch(
     half = len(tiles) // 2
     compute_batch(work, tiles[:half], shard, encoding, first)
     compute_batch(work, tiles[half:], shard, encoding, first + half)
+
+
+def task_of(
+    work: Work, encoding: Background, launch: Callable[[Work], Callable[[], Features]]
+) -> Callable[[], Features]:
+    """What threads beside the work have to do for a batch: to fetch it, once it is launched here, or all."""
+    lanes = work.lanes
+    if lanes is None:
+        return launch(work)
+
+    def compute() -> Features:
+        with lanes.one(encoding.stopped) as extractor:
+            found = launch(replace(work, extractor=extractor))()
+        return replace(found, seconds=found.seconds / lanes.count)  # it has a part of the device
+
+    return compute
 
 
 def memory_message(work: Work, tile_id: str, reason: str) -> str:

@@ -34,6 +34,7 @@ from satdifuser.extract.job import (
     tile_size,
 )
 from satdifuser.extract.layers import select_layers
+from satdifuser.extract.loading import with_lanes
 from satdifuser.extract.metadata import collect_metadata
 from satdifuser.extract.noising import check_timesteps
 from satdifuser.extract.plan import format_bytes, with_margin
@@ -135,7 +136,7 @@ def _prepare(job: Job, old: FeatureStore, additions: Additions) -> Growth:
     def work(timesteps: list[int], layers: list[LayerInfo]) -> Work:
         chosen = settings.model_copy(update={"timesteps": timesteps, "layers": [x.name for x in layers]})
         extractor = FeatureExtractor(backbone, chosen, layers)
-        return Work(replace(job, settings=chosen), extractor, image_size, metadata)
+        return with_lanes(Work(replace(job, settings=chosen), extractor, image_size, metadata))
 
     whole = work(timesteps, layers)
     added = [t for t in timesteps if t not in a.timesteps], [x for x in layers if x.name not in known]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from satdifuser.errors import StoreError
 from satdifuser.extract.background import Background
-from satdifuser.extract.compute import Work, compute_shard, launch_latents
+from satdifuser.extract.compute import Work, beside, compute_shard, launch_latents, task_of
 from satdifuser.extract.read_tile import read_row
 from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.sources.tile import Source, TileRecord
@@ -55,7 +56,7 @@ def fill(growth: Growth, writer: StoreWriter) -> None:
     """Write the missing shards of a grown store."""
     rows = {name: row for row, name in enumerate(growth.old.table("tiles/tile_id").tolist())}
     values = ValueRange(growth.whole.job.images)
-    with Background("encode") as encoding:
+    with beside(growth.whole) as encoding:
         for shard in tqdm(writer.missing_shards(), desc="grow", unit="shard", disable=None):
             records = growth.records[slice(*growth.new.shard_range(shard))]
             tiles: dict[str, tuple[TileRow, Encoded | None]] = {}
@@ -100,7 +101,7 @@ def _old_tiles(
     if growth.rest:
         kept = [records[i] for i in present]
         if old.attributes.latents or not growth.source:
-            batches = _from_latents(growth.rest, kept, old.latents(known[present]))
+            batches = _from_latents(growth.rest, kept, old.latents(known[present]), encoding)
         else:
             rows = [found[i] for i in present]
             batches = _from_images(growth.rest, growth.source, kept, rows, values, encoding)
@@ -118,13 +119,16 @@ def _held(old: FeatureStore, rows: Indices) -> Piece:
     return Piece(old.attributes.timesteps, layers)
 
 
-def _from_latents(work: Work, records: Sequence[TileRecord], latents: NDArray[np.float32]) -> list[Encoded]:
+def _from_latents(
+    work: Work, records: Sequence[TileRecord], latents: NDArray[np.float32], encoding: Background
+) -> list[Encoded]:
     batches = []
     for start in range(0, len(records), work.batch_size):
         part = slice(start, start + work.batch_size)
         ids = [record.tile_id for record in records[part]]
-        batches.append(launch_latents(work, latents[part], ids)().encoded)
-    return batches
+        launch = partial(launch_latents, latents=latents[part], ids=ids)
+        batches.append(encoding.hand(task_of(work, encoding, launch)))
+    return [batch.result().encoded for batch in batches]
 
 
 def _from_source(

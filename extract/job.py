@@ -6,7 +6,6 @@ created and taken from it afterwards.
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import uuid
@@ -32,7 +31,7 @@ from satdifuser.extract.settings import (
     image_settings,
 )
 from satdifuser.extract.sources.tile import Source, TileRecord
-from satdifuser.store.device import choose_device
+from satdifuser.store.device import choose_device, cores
 from satdifuser.store.digest import CURRENT, DigestAlgorithm
 from satdifuser.store.encoding import decode_formula
 from satdifuser.store.reader import FeatureStore, is_store
@@ -91,7 +90,7 @@ def fix_automatic(job: Job, out: Path, overwrite: bool) -> Job:
         batch = begun.get("batch_size") or default_batch(job.backbone_settings.prompt, device)
     check_prompts(job.backbone_settings.prompt, batch)
     if threads == "auto":
-        threads = begun.get("threads") or os.cpu_count() or 1
+        threads = begun.get("threads") or cores()
     settings = job.settings.model_copy(update={"batch_size": batch, "threads": threads})
     backbone = job.backbone_settings.model_copy(update={"device": device})
     algorithm = attributes.digest_algorithm if attributes else CURRENT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from satdifuser.extract.backbone import BackboneInfo, load_backbone
 from satdifuser.extract.batch_size import choose_batch
@@ -10,6 +11,7 @@ from satdifuser.extract.compute import Work
 from satdifuser.extract.device import fix_arithmetic
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.job import Job
+from satdifuser.extract.lanes import LANES, Lanes
 from satdifuser.extract.metadata import collect_metadata
 from satdifuser.extract.plan import Plan
 from satdifuser.extract.sources.tile import TileRecord
@@ -53,4 +55,12 @@ def prepare_work(
         job = job.with_batch(choose_batch(trial, tile_id, per_shard))
     work = Work(job, FeatureExtractor(backbone, job.settings, layers), image_size, metadata)
     work.extractor.check(work.batch_size, image_size, work.metadata_of([tile_id] * work.batch_size))
+    return with_lanes(work)
+
+
+def with_lanes(work: Work) -> Work:
+    """The same work with lanes, where it has CPU threads enough and changes nothing that they share."""
+    settings, on_cpu = work.job.settings, work.extractor.backbone.device.type == "cpu"
+    if on_cpu and int(settings.threads) % LANES == 0 and not (settings.compile or work.widens):
+        return replace(work, lanes=Lanes(work.extractor))
     return work

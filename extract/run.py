@@ -20,7 +20,7 @@ from satdifuser.errors import SettingsError, SourceError
 from satdifuser.extract.backbone import LoadedModel
 from satdifuser.extract.background import Background
 from satdifuser.extract.changes import refuse_changed
-from satdifuser.extract.compute import Shard, Work, compute_shard, write_shard
+from satdifuser.extract.compute import Shard, Work, beside, compute_shard, write_shard
 from satdifuser.extract.cost import ShardCost
 from satdifuser.extract.job import Job, new_attributes
 from satdifuser.extract.loading import load_work
@@ -149,8 +149,8 @@ def _fill(
         tqdm(
             total=len(records), initial=len(records) - len(todo), unit="tile", desc="extract", disable=None
         ) as bar,
-        Background("encode") as encoding,
         Background("write", waiting=1) as writing,  # a shard may be one batch: the device needs its next one
+        beside(work) as encoding,  # which an interruption stops first; what is computed is still committed
         closing(read_ahead(work.job, source, work.image_size, todo, readers)) as tiles,
     ):
         cost = ShardCost(work)

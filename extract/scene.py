@@ -16,8 +16,7 @@ import numpy as np
 import rasterio
 from numpy.typing import NDArray
 
-from satdifuser.extract.background import Background
-from satdifuser.extract.compute import Shard, Work, compute_batch
+from satdifuser.extract.compute import Shard, Work, beside, compute_batch
 from satdifuser.extract.images import band_positions, scale_to_rgb
 from satdifuser.extract.metadata import collect_metadata
 from satdifuser.extract.read_tile import ReadTile
@@ -74,12 +73,13 @@ class SceneFeatures:
             Their columns; where they hold data (B, H, W); their features as a store keeps them.
         """
         under_way: deque[tuple[list[SceneTile], Shard]] = deque()
-        with Background("fetch") as fetching:
+        at_once = self.work.lanes.count if self.work.lanes else 1
+        with beside(self.work) as fetching:
             for batch in read_ahead(self._batches(row, columns)):
                 shard = Shard()
                 compute_batch(self._work_for(batch), [tile.read for tile in batch], shard, fetching)
                 under_way.append((batch, shard))
-                if len(under_way) > 1:  # the network works on one while the backbone is at the next
+                if len(under_way) > at_once:  # the network works on one while the backbone is at the next
                     yield _finished(*under_way.popleft())
             while under_way:
                 yield _finished(*under_way.popleft())

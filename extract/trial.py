@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from satdifuser.extract.background import Background
-from satdifuser.extract.compute import Work, compute_shard
+from satdifuser.extract.compute import Work, beside, compute_shard
 from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import Plan
 from satdifuser.extract.readers import Readers, started_readers
@@ -17,7 +16,7 @@ from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
 
-TIMED_BATCHES = 3
+TIMED_BATCHES = 4
 LONGEST_SECONDS = 20.0  # of the timed batches together, but for the first of them
 
 
@@ -56,7 +55,8 @@ def time_batches(plan: Plan) -> Trial:
         batches = [plan.left[start : start + batch] for start in range(0, len(plan.left), batch)]
         chosen = batches[:: max(1, len(batches) // (TIMED_BATCHES + 1))][: TIMED_BATCHES + 1]
         warming = _seconds(work, plan.source, chosen[0], values, readers)
-        affordable = max(1, int(LONGEST_SECONDS / warming))
+        at_once = work.lanes.count if work.lanes else 1
+        affordable = at_once * max(1, int(LONGEST_SECONDS / warming))
         timed = [record for records in (chosen[1:] or chosen)[:affordable] for record in records]
         trial = Trial(len(timed), _seconds(work, plan.source, timed, values, readers))
     if warning := values.warning():
@@ -73,7 +73,7 @@ def _seconds(
 ) -> float:
     began = time.perf_counter()
     with (
-        Background("encode") as encoding,
+        beside(work) as encoding,
         closing(read_ahead(work.job, source, work.image_size, records, readers)) as tiles,
     ):
         compute_shard(work, tiles, len(records), values, encoding, encoding.check)

@@ -20,8 +20,7 @@ import torch
 
 from satdifuser.errors import ClusterError, StoreError
 from satdifuser.extract.backbone import LoadedModel, find_backbone
-from satdifuser.extract.background import Background
-from satdifuser.extract.compute import Work, compute_shard, write_shard
+from satdifuser.extract.compute import Work, beside, compute_shard, write_shard
 from satdifuser.extract.cost import ShardCost
 from satdifuser.extract.device import fix_arithmetic, share_memory
 from satdifuser.extract.job import Job
@@ -165,7 +164,7 @@ def extract_shard(order: Order, shard: int, records: list[TileRecord]) -> Report
         ahead = read_ahead(order.job, loaded.source, order.image_size, records, loaded.readers)
         with closing(ahead) as tiles:
             begun = chain(list(islice(tiles, 1)), tiles)  # reading begins while another shard is computed
-            with _computing, Background("encode") as encoding:
+            with _computing, beside(work) as encoding:
                 on_gpu = work.extractor.backbone.device.type == "cuda"
                 cost = ShardCost(work, metered=on_gpu and order.processes_per_gpu == 1)
                 computed = compute_shard(work, begun, len(records), values, encoding, encoding.check)

@@ -26,6 +26,7 @@ Floats = NDArray[np.float32]
 INT8_MAX = 127
 INT4_STEPS = 15
 MANTISSA_BITS, KEPT_BITS = 10, 5  # of float16; by `rounded`
+CPU_AT_ONCE, GPU_AT_ONCE = 2**19, 2**26  # values that are summed, in float64: 4 MB stay in a cache
 TABLE_LEVEL = 3  # of zstd, for small arrays
 
 
@@ -132,14 +133,21 @@ def spatial_means(maps: Any) -> Any:
     """
     xp = array_namespace(maps)
     pixels = math.prod(maps.shape[-2:])
-    sums = xp.reshape(maps, (*maps.shape[:-2], pixels))
+    rows = xp.reshape(maps, (math.prod(maps.shape[:-2]), pixels))
+    at_once = max(1, (CPU_AT_ONCE if str(device(maps)) == "cpu" else GPU_AT_ONCE) // pixels)
+    parts = [_sums(rows[first : first + at_once]) for first in range(0, len(rows), at_once)]
+    return xp.astype(xp.reshape(xp.concat(parts), maps.shape[:-2]) / pixels, xp.float32)
+
+
+def _sums(rows: Any) -> Any:
+    """Sums of rows, (row, value) to (row,) float64."""
+    xp = array_namespace(rows)
+    sums = xp.astype(rows, xp.float64)
     while (count := sums.shape[-1]) > 1:  # fold the second half onto the first
         half = count // 2
-        folded = xp.astype(sums[..., :half], xp.float64)
-        folded += sums[..., half : 2 * half]
-        odd = xp.astype(sums[..., 2 * half :], xp.float64)
-        sums = xp.concat([folded, odd], axis=-1) if count % 2 else folded
-    return xp.astype(xp.astype(sums[..., 0], xp.float64) / pixels, xp.float32)
+        folded = sums[:, :half] + sums[:, half : 2 * half]
+        sums = xp.concat([folded, sums[:, 2 * half :]], axis=-1) if count % 2 else folded
+    return sums[:, 0]
 
 
 def average_windows(maps: Any, side: int) -> Any:

@@ -183,6 +183,29 @@ def test_an_interruption_lets_the_task_under_way_finish() -> None:
     assert our_threads() == []
 
 
+def test_tasks_can_tell_that_nobody_waits_for_them() -> None:
+    with Background("write") as left_in_peace:
+        pass
+    with pytest.raises(KeyboardInterrupt), Background("write") as left_by_an_error:
+        raise KeyboardInterrupt
+    assert (left_in_peace.stopped.is_set(), left_by_an_error.stopped.is_set()) == (False, True)
+
+
+def test_several_threads_begin_tasks_in_their_order() -> None:
+    both, begun = threading.Barrier(2, timeout=20), []
+
+    def task(number: int) -> int:
+        begun.append(number)
+        both.wait()  # two are under way, or this fails
+        return threading.get_ident()
+
+    with Background("write", threads=2) as threads:
+        idents = {threads.hand(partial(task, number)) for number in range(6)}
+    assert sorted(begun) == list(range(6))
+    assert begun[:2] == [0, 1]
+    assert len({ident.result() for ident in idents}) == 2
+
+
 # --- extraction
 
 

@@ -139,11 +139,11 @@ def test_a_growth_goes_on_where_it_was_cut_off(
     digest, words = before.content_digest(), ("extract", "-o", before.path, "--add-timesteps", "61")
     launch = grow_shards.launch_latents
 
-    def interrupt(*rest: Any) -> Any:
+    def interrupt(*rest: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return launch(*rest)
+        return launch(*rest, **named)
 
     monkeypatch.setattr(grow_shards, "launch_latents", interrupt)
     result = call(*words)

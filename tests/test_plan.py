@@ -171,7 +171,7 @@ def test_the_trial_sends_real_tiles_and_writes_nothing(
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)["trial"]
     assert computed[0] == min(2, tiles)  # one batch warms up
-    assert told["tiles"] == computed[1] == {1: 1, 2: 2, 3: 1, 11: 6}[tiles]
+    assert told["tiles"] == computed[1] == {1: 1, 2: 2, 3: 1, 11: 8}[tiles]
     assert told["tiles_per_second"] == pytest.approx(told["tiles"] / told["seconds"], rel=0.1)
     assert told["eta_seconds"] == pytest.approx(tiles / told["tiles_per_second"], rel=0.1, abs=0.06)
     assert list(tmp_path.iterdir()) == []

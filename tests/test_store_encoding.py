@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from numcodecs import BitRound
 from numpy.typing import NDArray
 
+import satdifuser.store.encoding as encoding_module
 from satdifuser.store.encoding import (
     FORMS,
     average_windows,
@@ -17,6 +19,7 @@ from satdifuser.store.encoding import (
     decode,
     encode,
     pack_pairs,
+    spatial_means,
     tile_digests,
     unpack_pairs,
 )
@@ -62,6 +65,19 @@ def test_decoded_values_stay_within_the_bound_of_their_encoding(
     means = maps.astype(np.float64).mean((-2, -1))
     smallest = 1e-12 * np.abs(maps).max() + 1e-44
     np.testing.assert_allclose(arrays_["pooled"].astype(np.float64), means, rtol=1e-7, atol=smallest)
+
+
+@given(MAPS, st.integers(1, 40))
+@settings(max_examples=200, deadline=None)
+def test_means_do_not_depend_on_how_many_values_are_summed_at_once(
+    maps: NDArray[np.float32], at_once: int
+) -> None:
+    expected = spatial_means(maps)
+    assert (expected.dtype, expected.shape) == (np.float32, maps.shape[:-2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding_module, "CPU_AT_ONCE", at_once)
+        np.testing.assert_array_equal(spatial_means(maps), expected)
+        np.testing.assert_array_equal(spatial_means(torch.from_numpy(maps)).numpy(), expected)
 
 
 @given(MAPS, st.sampled_from(list(FORMS)), st.integers(1, 4))
