@@ -77,8 +77,12 @@ class Background:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self.stopped.set()
-        self._pool.shutdown()  # an interrupted run still commits the shards that were handed over
-        if kind is None:
-            self.wait()
+        whole = False
+        try:
+            if kind is None:
+                self.wait()  # before the threads: one whose end was not waited for cannot be again
+                whole = True
+        finally:
+            if not whole:
+                self.stopped.set()
+            self._pool.shutdown()  # an interrupted run still commits the shards that were handed over

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from satdifuser.errors import ClusterError, SatDiFuserError
 from satdifuser.extract.changes import refuse_changed
-from satdifuser.extract.job import Job, fix_threads
+from satdifuser.extract.job import Job
 from satdifuser.extract.plan import Plan, make_plan, require_space
 from satdifuser.extract.read_tile import read_row
 from satdifuser.extract.readers import processes_wanted
@@ -79,8 +79,8 @@ def _order(
     machine = client.submit(survey, versions, job.backbone_settings.device, pure=False).result()
     backbone = job.backbone_settings.model_copy(update={"device": machine.device})
     asked = replace(job, backbone_settings=backbone)
-    cores = machine.cores // max(cluster.workers, 1)  # of each worker
-    plan = make_plan(fix_threads(asked, out, overwrite, cores), out, overwrite)
+    own_cores = max(1, machine.cores // max(cluster.workers, 1))  # of each worker
+    plan = make_plan(asked, out, overwrite, own_cores)
     if not ignore_free_space:
         require_space(plan)
     return plan, Order(
@@ -93,7 +93,7 @@ def _order(
         per_shard=plan.tiles_per_shard,
         versions=versions,
         processes_per_gpu=machine.processes_per_gpu(cluster.workers),
-        reader_processes=processes_wanted(plan.job, plan.source, cores) if plan.left else 0,
+        reader_processes=processes_wanted(plan.job, plan.source, own_cores) if plan.left else 0,
     )
 
 

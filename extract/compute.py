@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from satdifuser.errors import DeviceError, FeatureError
 from satdifuser.extract.background import Background
-from satdifuser.extract.device import Fetcher, Stopwatch, stack_for
+from satdifuser.extract.device import Fetcher, Stopwatch, set_threads, stack_for
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.images import Floats
 from satdifuser.extract.job import Job
@@ -63,8 +63,7 @@ class Work:
     @property
     def widens(self) -> bool:
         """Whether what overflows is computed anew in float32; this waits for every batch."""
-        settings = self.job.backbone_settings
-        return settings.overflow == "widen" and settings.dtype != "float32"
+        return self.job.backbone_settings.widens
 
     def metadata_of(self, ids: Sequence[str]) -> Tensor | None:
         """The metadata (B, 7) of some tiles, for a backbone that reads any."""
@@ -72,19 +71,19 @@ class Work:
 
 
 @contextmanager
-def beside(work: Work) -> Iterator[Background]:
-    """What takes batches, for the length of a `with` block: one thread that fetches, or one for each lane."""
+def background_of(work: Work) -> Iterator[Background]:
+    """The threads that end batches, for the length of a `with` block: one that fetches, or one a lane."""
     if work.lanes is None:
-        with Background("encode") as encoding:
-            yield encoding
+        with Background("encode") as background:
+            yield background
         return
-    count, threads = work.lanes.count, int(work.job.settings.threads)
-    share = partial(torch.set_num_threads, threads // count)
+    job, part = work.job, partial(set_threads, work.job.batch_threads)
+    part()  # of this thread, too, which may compute meanwhile
     try:
-        with Background("compute", waiting=1, threads=count, begin=share) as computing:
-            yield computing
+        with Background("compute", waiting=1, threads=job.lanes, begin=part) as background:
+            yield background
     finally:
-        torch.set_num_threads(threads)  # of threads to come: each thread keeps its own number
+        set_threads(int(job.settings.threads))
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Features:
 
     latents: Floats  # (B, c, h, w)
     encoded: Encoded
-    seconds: float  # that the whole device took
+    seconds: float  # of the device; of a lane those of its part
 
 
 @dataclass
@@ -116,14 +115,14 @@ class Shard:
         return rows, [batch.encoded for batch in found], note
 
 
-def write_shard(writer: StoreWriter, index: int, shard: Shard, note: Mapping[str, Any]) -> int:
+def write_shard(writer: StoreWriter, index: int, shard: Shard, note: Callable[[], Mapping[str, Any]]) -> int:
     """Wait for a shard's features and commit them.
 
     Args:
         writer: Of the store.
         index: Of the shard.
         shard: Its tiles.
-        note: Further facts for the commit record.
+        note: Gives further facts for the commit record, once the features are there.
 
     Returns:
         Bytes written.
@@ -131,7 +130,7 @@ def write_shard(writer: StoreWriter, index: int, shard: Shard, note: Mapping[str
     rows, batches, facts = shard.finish()
     if writer.attributes.labelled:
         rows = without_labels(rows)
-    return writer.write_shard(index, rows, batches, {**note, **facts})
+    return writer.write_shard(index, rows, batches, {**note(), **facts})
 
 
 def without_labels(rows: Sequence[TileRow]) -> list[TileRow]:
@@ -144,7 +143,7 @@ def compute_shard(
     tiles: Iterator[ReadTile],
     count: int,
     values: ValueRange,
-    encoding: Background,
+    background: Background,
     before_batch: Callable[[], None],
 ) -> Shard:
     """Extract one shard's tiles, always in the same batches.
@@ -154,7 +153,7 @@ def compute_shard(
         tiles: The tiles, as they are read.
         count: How many of them make up the shard.
         values: Takes note of their values.
-        encoding: What is `beside` the work.
+        background: The `background_of` the work.
         before_batch: Called before each batch; what it raises ends the work.
 
     Returns:
@@ -168,13 +167,13 @@ def compute_shard(
             waiting.append(tile)
         if waiting and (len(waiting) == work.batch_size or position == count):
             before_batch()
-            compute_batch(work, waiting, shard, encoding)
+            compute_batch(work, waiting, shard, background)
             waiting = []
     return shard
 
 
 def compute_batch(
-    work: Work, tiles: Sequence[ReadTile], shard: Shard, encoding: Background, first: int = 0
+    work: Work, tiles: Sequence[ReadTile], shard: Shard, background: Background, first: int = 0
 ) -> None:
     """Compute a batch, in halves where the device's memory cannot hold it.
 
@@ -182,41 +181,48 @@ def compute_batch(
         work: What turns tiles into features.
         tiles: The B tiles.
         shard: Takes the results.
-        encoding: What is `beside` the work.
+        background: The `background_of` the work.
         first: The place of the first tile in the whole batch, where each place has a prompt of its own.
 
     Raises:
         DeviceError: there is no memory for a single tile.
     """
     try:
-        task = task_of(work, encoding, lambda work: launch_images(work, tiles, first, shard.widened))
+        task = task_of(work, background, lambda lane: launch_images(lane, tiles, first, shard.widened))
     except torch.OutOfMemoryError as error:  # which holds the batch's memory as long as it is held
         reason = str(error).split(". ")[0]
     else:
-        shard.batches.append(encoding.hand(task))
+        shard.batches.append(background.hand(task))
         return
     if len(tiles) == 1:
         raise DeviceError(memory_message(work, tiles[0].row.tile_id, reason))
-    encoding.wait()
+    background.wait()
     torch.cuda.empty_cache()
     shard.splits += 1
     half = len(tiles) // 2
-    compute_batch(work, tiles[:half], shard, encoding, first)
-    compute_batch(work, tiles[half:], shard, encoding, first + half)
+    compute_batch(work, tiles[:half], shard, background, first)
+    compute_batch(work, tiles[half:], shard, background, first + half)
 
 
 def task_of(
-    work: Work, encoding: Background, launch: Callable[[Work], Callable[[], Features]]
+    work: Work, background: Background, launch: Callable[[Work], Callable[[], Features]]
 ) -> Callable[[], Features]:
-    """What threads beside the work have to do for a batch: to fetch it, once it is launched here, or all."""
+    """What is left of a batch for a thread of the background.
+
+    Args:
+        work: What turns tiles into features.
+        background: The `background_of` the work.
+        launch: Begins the batch with the work that it is given; what it returns ends it. Without lanes it is
+            called here and now.
+    """
     lanes = work.lanes
     if lanes is None:
         return launch(work)
 
     def compute() -> Features:
-        with lanes.one(encoding.stopped) as extractor:
+        with lanes.one(background.stopped) as extractor:
             found = launch(replace(work, extractor=extractor))()
-        return replace(found, seconds=found.seconds / lanes.count)  # it has a part of the device
+        return replace(found, seconds=found.seconds / work.job.lanes)
 
     return compute
 

@@ -24,11 +24,17 @@ def fix_arithmetic(threads: int) -> None:
 
     float32 stays float32: TF32, with 10 bits of mantissa, is switched off.
     """
-    torch.set_num_threads(threads)
+    set_threads(threads)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def set_threads(threads: int) -> None:
+    """Let torch compute with so many threads here, whatever other threads set, and in threads to come."""
+    torch.get_num_threads()  # otherwise torch sets its own number at the thread's first operation
+    torch.set_num_threads(threads)
 
 
 def share_memory(device: torch.device, processes: int) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from satdifuser.errors import StoreError
 from satdifuser.extract.background import Background
-from satdifuser.extract.compute import Work, beside, compute_shard, launch_latents, task_of
+from satdifuser.extract.compute import Work, background_of, compute_shard, launch_latents, task_of
 from satdifuser.extract.read_tile import read_row
 from satdifuser.extract.reading import read_ahead
 from satdifuser.extract.sources.tile import Source, TileRecord
@@ -56,17 +56,17 @@ def fill(growth: Growth, writer: StoreWriter) -> None:
     """Write the missing shards of a grown store."""
     rows = {name: row for row, name in enumerate(growth.old.table("tiles/tile_id").tolist())}
     values = ValueRange(growth.whole.job.images)
-    with beside(growth.whole) as encoding:
+    with background_of(growth.whole) as background:
         for shard in tqdm(writer.missing_shards(), desc="grow", unit="shard", disable=None):
             records = growth.records[slice(*growth.new.shard_range(shard))]
             tiles: dict[str, tuple[TileRow, Encoded | None]] = {}
             there = [record for record in records if record.tile_id in rows]
             if there:
                 known = np.array([rows[record.tile_id] for record in there])
-                tiles |= _old_tiles(growth, there, known, values, encoding)
+                tiles |= _old_tiles(growth, there, known, values, background)
             others = [record for record in records if record.tile_id not in rows]
             if others and growth.source:
-                found, batches = _from_source(growth.whole, growth.source, others, values, encoding)
+                found, batches = _from_source(growth.whole, growth.source, others, values, background)
                 tiles |= _by_tile(found, (tile for batch in batches for tile in _tiles_of(batch)))
             ordered = [tiles[record.tile_id] for record in records]
             features = [encoded for _, encoded in ordered if encoded is not None]
@@ -87,7 +87,7 @@ def _tiles_of(encoded: Encoded) -> Iterator[Encoded]:
 
 
 def _old_tiles(
-    growth: Growth, records: Sequence[TileRecord], known: Indices, values: ValueRange, encoding: Background
+    growth: Growth, records: Sequence[TileRecord], known: Indices, values: ValueRange, background: Background
 ) -> dict[str, tuple[TileRow, Encoded | None]]:
     """Tiles that are there, with what they lack."""
     old = growth.old
@@ -101,10 +101,10 @@ def _old_tiles(
     if growth.rest:
         kept = [records[i] for i in present]
         if old.attributes.latents or not growth.source:
-            batches = _from_latents(growth.rest, kept, old.latents(known[present]), encoding)
+            batches = _from_latents(growth.rest, kept, old.latents(known[present]), background)
         else:
             rows = [found[i] for i in present]
-            batches = _from_images(growth.rest, growth.source, kept, rows, values, encoding)
+            batches = _from_images(growth.rest, growth.source, kept, rows, values, background)
         pieces.append(_piece(growth.rest, batches))
     return _by_tile(found, _tiles_of(_joined(growth.new, pieces)))
 
@@ -120,22 +120,26 @@ def _held(old: FeatureStore, rows: Indices) -> Piece:
 
 
 def _from_latents(
-    work: Work, records: Sequence[TileRecord], latents: NDArray[np.float32], encoding: Background
+    work: Work, records: Sequence[TileRecord], latents: NDArray[np.float32], background: Background
 ) -> list[Encoded]:
     batches = []
     for start in range(0, len(records), work.batch_size):
         part = slice(start, start + work.batch_size)
         ids = [record.tile_id for record in records[part]]
         launch = partial(launch_latents, latents=latents[part], ids=ids)
-        batches.append(encoding.hand(task_of(work, encoding, launch)))
+        batches.append(background.hand(task_of(work, background, launch)))
+        if work.lanes is None:
+            background.wait()  # nothing splits a batch here that finds no memory beside another one
     return [batch.result().encoded for batch in batches]
 
 
 def _from_source(
-    work: Work, source: Source, records: Sequence[TileRecord], values: ValueRange, encoding: Background
+    work: Work, source: Source, records: Sequence[TileRecord], values: ValueRange, background: Background
 ) -> tuple[list[TileRow], list[Encoded]]:
     with closing(read_ahead(work.job, source, work.image_size, records)) as tiles:
-        rows, batches, _ = compute_shard(work, tiles, len(records), values, encoding, encoding.check).finish()
+        rows, batches, _ = compute_shard(
+            work, tiles, len(records), values, background, background.check
+        ).finish()
     return rows, batches
 
 
@@ -145,9 +149,9 @@ def _from_images(
     records: Sequence[TileRecord],
     held: Sequence[TileRow],
     values: ValueRange,
-    encoding: Background,
+    background: Background,
 ) -> list[Encoded]:
-    rows, batches = _from_source(work, source, records, values, encoding)
+    rows, batches = _from_source(work, source, records, values, background)
     for row, before in zip(rows, held, strict=True):
         _require_same_image(row, before)
     return batches

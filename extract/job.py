@@ -48,6 +48,7 @@ from satdifuser.store.schema import (
 from satdifuser.store.settings import PARTITION_NAME, StoreSettings
 
 CPU_BATCH = 8
+LANES = 2  # batches that a CPU computes at once, see satdifuser.extract.lanes
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,17 @@ class Job:
     settings: ExtractSettings
     store: StoreSettings
     digest_algorithm: DigestAlgorithm = CURRENT  # of the store
+    lanes: int = 1  # batches that are computed at once, each with an equal part of the threads
 
     @property
     def images(self) -> ImageSettings:
         """How raw values become RGB."""
         return image_settings(self.source_settings)
+
+    @property
+    def batch_threads(self) -> int:
+        """CPU threads that share a batch, which shapes its last bits."""
+        return int(self.settings.threads) // self.lanes
 
     def preparation(self, image_size: tuple[int, int]) -> Preparation:
         """How tiles are prepared for a backbone that sees them at a size (H, W) px."""
@@ -74,8 +81,14 @@ class Job:
         return replace(self, settings=self.settings.model_copy(update={"batch_size": tiles}))
 
 
-def fix_automatic(job: Job, out: Path, overwrite: bool) -> Job:
+def fix_automatic(job: Job, out: Path, overwrite: bool, own_cores: int | None = None) -> Job:
     """Replace ``auto`` by what the store at `out` was begun with, or by this machine's values.
+
+    Args:
+        job: The job.
+        out: The store's folder.
+        overwrite: Whether a store that is there will be replaced.
+        own_cores: How many CPU cores it has; None for all that this process may use.
 
     Raises:
         SettingsError: the device is not there, or prompts do not match the tiles of a batch.
@@ -85,25 +98,36 @@ def fix_automatic(job: Job, out: Path, overwrite: bool) -> Job:
     device = job.backbone_settings.device
     if device == "auto":
         device = str(begun.get("device") or choose_device("auto", "backbone.device"))
-    batch, threads = job.settings.batch_size, job.settings.threads
+    batch = job.settings.batch_size
     if batch == "auto":
         batch = begun.get("batch_size") or default_batch(job.backbone_settings.prompt, device)
     check_prompts(job.backbone_settings.prompt, batch)
-    if threads == "auto":
-        threads = begun.get("threads") or cores()
-    settings = job.settings.model_copy(update={"batch_size": batch, "threads": threads})
     backbone = job.backbone_settings.model_copy(update={"device": device})
+    placed = replace(job, backbone_settings=backbone)
+    threads, lanes = share_threads(placed, begun.get("threads"), own_cores or cores())
+    settings = job.settings.model_copy(update={"batch_size": batch, "threads": threads})
     algorithm = attributes.digest_algorithm if attributes else CURRENT
-    return replace(job, backbone_settings=backbone, settings=settings, digest_algorithm=algorithm)
+    return replace(placed, settings=settings, digest_algorithm=algorithm, lanes=lanes)
 
 
-def fix_threads(job: Job, out: Path, overwrite: bool, threads: int) -> Job:
-    """Let ``auto`` be so many threads, unless the store at `out` was begun with others."""
-    if job.settings.threads != "auto":
-        return job
-    begun = FeatureStore(out).attributes.feature_identity if is_store(out) and not overwrite else {}
-    threads = begun.get("threads") or max(1, threads)
-    return replace(job, settings=job.settings.model_copy(update={"threads": threads}))
+def share_threads(job: Job, held: int | None, own_cores: int) -> tuple[int, int]:
+    """How many threads a job computes with, and how many batches share them.
+
+    Args:
+        job: The job; its device is known.
+        held: Threads of each batch in a store that was begun; None for a new one.
+        own_cores: What ``auto`` stands for.
+    """
+    settings, backbone = job.settings, job.backbone_settings
+    alone = settings.compile or backbone.widens  # these change what several batches would share
+    most = 1 if alone or not backbone.device.startswith("cpu") else LANES
+    threads = own_cores if settings.threads == "auto" else settings.threads
+    if held is None:
+        return threads, most if threads % most == 0 else 1
+    if settings.threads != "auto" and threads % held:
+        return threads, 1  # the store will be refused, as it was begun with others
+    lanes = max(1, min(most, threads // held))
+    return lanes * held, lanes
 
 
 def default_batch(prompt: str | list[str], device: str) -> int | Literal["auto"]:
@@ -273,7 +297,7 @@ def feature_identity(
 ) -> dict[str, Any]:
     """Everything that shapes one feature value; its hash is the store's `feature` hash."""
     settings = job.settings
-    names = ("noising", "steps", "draws", "seed", "latent", "prediction", "guidance", "batch_size", "threads")
+    names = ("noising", "steps", "draws", "seed", "latent", "prediction", "guidance", "batch_size")
     scheduler = info.scheduler.config
     betas = (
         "num_train_timesteps",
@@ -290,6 +314,7 @@ def feature_identity(
         "metadata": job.backbone_settings.metadata,
         "scheduler": {name: scheduler[name] for name in betas},
         **{name: getattr(settings, name) for name in names},
+        "threads": job.batch_threads,
         "seed_rule": SEED_RULE,
         "images": {
             **job.images.model_dump(include={"bands", "scale", "offset"}),

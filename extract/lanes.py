@@ -21,8 +21,10 @@ from torch import nn
 
 from satdifuser.extract.features import FeatureExtractor
 
-LANES = 2
-BLOCKS = (ResnetBlock2D, Transformer2DModel)  # before which a forward can be stopped
+BLOCKS = (
+    ResnetBlock2D,
+    Transformer2DModel,
+)  # of U-Net and autoencoder, before which a forward can be stopped
 
 
 class StoppedError(Exception):
@@ -37,8 +39,7 @@ class Lanes:
         count: How many.
     """
 
-    def __init__(self, extractor: FeatureExtractor, count: int = LANES) -> None:
-        self.count = count
+    def __init__(self, extractor: FeatureExtractor, count: int) -> None:
         self._idle = SimpleQueue[_Lane]()
         for _ in range(count):
             self._idle.put(_Lane(extractor))
@@ -48,7 +49,7 @@ class Lanes:
         """An idle copy, for the length of a `with` block.
 
         Args:
-            stop: Once it is set, the copy's U-Net goes no further.
+            stop: Once it is set, the copy goes no further.
 
         Raises:
             StoppedError: it is set.
@@ -67,11 +68,11 @@ class _Lane:
 
     def __init__(self, extractor: FeatureExtractor) -> None:
         self.stop = Event()
-        unet = _sharing_copy(extractor.backbone.unet)
-        for module in unet.modules():
+        unet, vae = (_sharing_copy(network) for network in (extractor.backbone.unet, extractor.backbone.vae))
+        for module in chain(unet.modules(), vae.modules()):
             if isinstance(module, BLOCKS):
                 module.register_forward_pre_hook(self.check)
-        backbone = replace(extractor.backbone, unet=unet)
+        backbone = replace(extractor.backbone, unet=unet, vae=vae)
         self.extractor = FeatureExtractor(backbone, extractor.settings, extractor.layers)
 
     def check(self, *_: Any) -> None:

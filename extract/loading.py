@@ -11,7 +11,7 @@ from satdifuser.extract.compute import Work
 from satdifuser.extract.device import fix_arithmetic
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.job import Job
-from satdifuser.extract.lanes import LANES, Lanes
+from satdifuser.extract.lanes import Lanes
 from satdifuser.extract.metadata import collect_metadata
 from satdifuser.extract.plan import Plan
 from satdifuser.extract.sources.tile import TileRecord
@@ -59,8 +59,5 @@ def prepare_work(
 
 
 def with_lanes(work: Work) -> Work:
-    """The same work with lanes, where it has CPU threads enough and changes nothing that they share."""
-    settings, on_cpu = work.job.settings, work.extractor.backbone.device.type == "cpu"
-    if on_cpu and int(settings.threads) % LANES == 0 and not (settings.compile or work.widens):
-        return replace(work, lanes=Lanes(work.extractor))
-    return work
+    """The same work with a lane for each batch that is to be computed at once, if those are several."""
+    return work if work.job.lanes == 1 else replace(work, lanes=Lanes(work.extractor, work.job.lanes))

@@ -132,13 +132,14 @@ class Plan:
         return self.needed_bytes <= self.free_bytes
 
 
-def make_plan(job: Job, out: Path, overwrite: bool = False) -> Plan:
+def make_plan(job: Job, out: Path, overwrite: bool = False, own_cores: int | None = None) -> Plan:
     """List the tiles and resolve the settings of an extraction; nothing is written.
 
     Args:
         job: Its settings.
         out: The store's folder.
         overwrite: Whether a store that is there will be replaced.
+        own_cores: How many CPU cores it has; None for all that this process may use.
 
     Raises:
         SatDiFuserError: bad settings or input, or a damaged store at `out`.
@@ -146,7 +147,7 @@ def make_plan(job: Job, out: Path, overwrite: bool = False) -> Plan:
     source = open_source(job.source_settings)
     records = list_tiles(source)
     info = find_backbone(job.backbone_settings)
-    job = fix_automatic(job, out, overwrite)
+    job = fix_automatic(job, out, overwrite, own_cores)
     image_size, layers = plan_layers(job, info, tile_size(records))
     store = FeatureStore(out) if is_store(out) and not overwrite else None  # a damaged one can be replaced
     replaced = is_store(out) if store is None else not any(store.commits)

@@ -7,7 +7,7 @@ of the next tiles, the backbone on a batch, the fetching of the batch before, th
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from satdifuser.errors import SettingsError, SourceError
 from satdifuser.extract.backbone import LoadedModel
 from satdifuser.extract.background import Background
 from satdifuser.extract.changes import refuse_changed
-from satdifuser.extract.compute import Shard, Work, beside, compute_shard, write_shard
+from satdifuser.extract.compute import Shard, Work, background_of, compute_shard, write_shard
 from satdifuser.extract.cost import ShardCost
 from satdifuser.extract.job import Job, new_attributes
 from satdifuser.extract.loading import load_work
@@ -150,15 +150,15 @@ def _fill(
             total=len(records), initial=len(records) - len(todo), unit="tile", desc="extract", disable=None
         ) as bar,
         Background("write", waiting=1) as writing,  # a shard may be one batch: the device needs its next one
-        beside(work) as encoding,  # which an interruption stops first; what is computed is still committed
+        background_of(work) as background,  # is stopped before that: what is computed is still committed
         closing(read_ahead(work.job, source, work.image_size, todo, readers)) as tiles,
     ):
         cost = ShardCost(work)
         for shard, (start, stop) in ranges.items():
-            computed = compute_shard(work, tiles, stop - start, values, encoding, writing.check)
+            computed = compute_shard(work, tiles, stop - start, values, background, writing.check)
             if not warning and (warning := values.warning()):
                 tqdm.write(warning, file=sys.stderr)
-            writing.hand(partial(_write, writer, bar, shard, computed, cost.note()))
+            writing.hand(partial(_write, writer, bar, shard, computed, cost.note))
     if missing:
         ask_for_labels(writer.attributes, len(todo))
 
@@ -190,7 +190,11 @@ def keep_labels(asked: Attributes, held: Attributes) -> Attributes:
 
 
 def _write(
-    writer: StoreWriter, bar: tqdm[NoReturn], shard: int, computed: Shard, note: Mapping[str, Any]
+    writer: StoreWriter,
+    bar: tqdm[NoReturn],
+    shard: int,
+    computed: Shard,
+    note: Callable[[], Mapping[str, Any]],
 ) -> None:
     written = write_shard(writer, shard, computed, note)
     bar.set_postfix_str(f"{written / 1e6:.1f} MB a shard")

@@ -16,7 +16,7 @@ import numpy as np
 import rasterio
 from numpy.typing import NDArray
 
-from satdifuser.extract.compute import Shard, Work, beside, compute_batch
+from satdifuser.extract.compute import Shard, Work, background_of, compute_batch
 from satdifuser.extract.images import band_positions, scale_to_rgb
 from satdifuser.extract.metadata import collect_metadata
 from satdifuser.extract.read_tile import ReadTile
@@ -73,13 +73,14 @@ class SceneFeatures:
             Their columns; where they hold data (B, H, W); their features as a store keeps them.
         """
         under_way: deque[tuple[list[SceneTile], Shard]] = deque()
-        at_once = self.work.lanes.count if self.work.lanes else 1
-        with beside(self.work) as fetching:
+        with background_of(self.work) as background:
             for batch in read_ahead(self._batches(row, columns)):
                 shard = Shard()
-                compute_batch(self._work_for(batch), [tile.read for tile in batch], shard, fetching)
+                compute_batch(self._work_for(batch), [tile.read for tile in batch], shard, background)
                 under_way.append((batch, shard))
-                if len(under_way) > at_once:  # the network works on one while the backbone is at the next
+                if (
+                    len(under_way) > self.work.job.lanes
+                ):  # the network works on one while the backbone is at the next
                     yield _finished(*under_way.popleft())
             while under_way:
                 yield _finished(*under_way.popleft())

@@ -164,6 +164,11 @@ class BackboneSettings(Settings):
     overflow: Literal["stop", "widen"] = "stop"
     device: str = "auto"
 
+    @property
+    def widens(self) -> bool:
+        """Whether what overflows is computed anew in float32."""
+        return self.overflow == "widen" and self.dtype != "float32"
+
 
 class ExtractSettings(Settings):
     """Which features are taken from the backbone."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from satdifuser.extract.compute import Work, beside, compute_shard
+from satdifuser.extract.compute import Work, background_of, compute_shard
 from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import Plan
 from satdifuser.extract.readers import Readers, started_readers
@@ -55,13 +55,21 @@ def time_batches(plan: Plan) -> Trial:
         batches = [plan.left[start : start + batch] for start in range(0, len(plan.left), batch)]
         chosen = batches[:: max(1, len(batches) // (TIMED_BATCHES + 1))][: TIMED_BATCHES + 1]
         warming = _seconds(work, plan.source, chosen[0], values, readers)
-        at_once = work.lanes.count if work.lanes else 1
-        affordable = at_once * max(1, int(LONGEST_SECONDS / warming))
-        timed = [record for records in (chosen[1:] or chosen)[:affordable] for record in records]
+        timed = [record for records in _timed(chosen, warming, work.job.lanes) for record in records]
         trial = Trial(len(timed), _seconds(work, plan.source, timed, values, readers))
     if warning := values.warning():
         print(warning, file=sys.stderr)
     return trial
+
+
+def _timed(
+    chosen: Sequence[Sequence[TileRecord]], warming: float, at_once: int
+) -> Sequence[Sequence[TileRecord]]:
+    """Those of some batches that are worth their time: a multiple of how many are computed at once."""
+    cold = chosen[1:] if len(chosen) > at_once else chosen  # the first one warmed up
+    affordable = at_once * max(1, int(LONGEST_SECONDS / warming))
+    count = min(len(cold), affordable)
+    return cold[: count - count % at_once or count]
 
 
 def _seconds(
@@ -73,8 +81,8 @@ def _seconds(
 ) -> float:
     began = time.perf_counter()
     with (
-        beside(work) as encoding,
+        background_of(work) as background,
         closing(read_ahead(work.job, source, work.image_size, records, readers)) as tiles,
     ):
-        compute_shard(work, tiles, len(records), values, encoding, encoding.check)
+        compute_shard(work, tiles, len(records), values, background, background.check)
     return time.perf_counter() - began

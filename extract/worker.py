@@ -20,7 +20,7 @@ import torch
 
 from satdifuser.errors import ClusterError, StoreError
 from satdifuser.extract.backbone import LoadedModel, find_backbone
-from satdifuser.extract.compute import Work, beside, compute_shard, write_shard
+from satdifuser.extract.compute import Work, background_of, compute_shard, write_shard
 from satdifuser.extract.cost import ShardCost
 from satdifuser.extract.device import fix_arithmetic, share_memory
 from satdifuser.extract.job import Job
@@ -159,17 +159,18 @@ def extract_shard(order: Order, shard: int, records: list[TileRecord]) -> Report
         work = loaded.work
         if order.job.backbone_settings.metadata:
             work = replace(work, metadata=collect_metadata(records, order.image_size))
-        fix_arithmetic(int(order.job.settings.threads))  # of this thread
         values = ValueRange(order.job.images)
         ahead = read_ahead(order.job, loaded.source, order.image_size, records, loaded.readers)
         with closing(ahead) as tiles:
             begun = chain(list(islice(tiles, 1)), tiles)  # reading begins while another shard is computed
-            with _computing, beside(work) as encoding:
-                on_gpu = work.extractor.backbone.device.type == "cuda"
-                cost = ShardCost(work, metered=on_gpu and order.processes_per_gpu == 1)
-                computed = compute_shard(work, begun, len(records), values, encoding, encoding.check)
-        writer, note = _writer(order), cost.note()
-        write_shard(writer, shard, computed, note)
+            with _computing:
+                fix_arithmetic(int(order.job.settings.threads))  # of this thread
+                with background_of(work) as background:
+                    on_gpu = work.extractor.backbone.device.type == "cuda"
+                    cost = ShardCost(work, metered=on_gpu and order.processes_per_gpu == 1)
+                    computed = compute_shard(work, begun, len(records), values, background, background.check)
+        note = cost.note()
+        write_shard(_writer(order), shard, computed, lambda: note)
     return Report(shard, len(records), note["seconds"], worker_name(), values.warning())
 
 

@@ -265,7 +265,7 @@ def test_automatic_values_are_those_the_store_was_begun_with(folder: Path, tmp_p
     automatic = make_job(folder, batch_size="auto", threads="auto")
     assert fix_automatic(automatic, out, overwrite=False).settings.batch_size == 3
     assert fix_automatic(automatic, out, overwrite=True).settings.batch_size == 8
-    assert fix_automatic(automatic, out, overwrite=False).settings.threads == 1
+    assert fix_automatic(automatic, out, overwrite=False).batch_threads == 1
 
 
 def test_plan_refuses_a_timestep_off_the_grid(folder: Path) -> None:

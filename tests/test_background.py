@@ -191,6 +191,20 @@ def test_tasks_can_tell_that_nobody_waits_for_them() -> None:
     assert (left_in_peace.stopped.is_set(), left_by_an_error.stopped.is_set()) == (False, True)
 
 
+def test_an_interruption_while_tasks_are_waited_for_stops_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which reaches the main thread where it waits, since most work is with the others."""
+    thread, ended = Background("write"), list[bool]()
+
+    def cut_off() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(thread, "wait", cut_off)
+    with pytest.raises(KeyboardInterrupt), thread:
+        thread.hand(lambda: ended.append(thread.stopped.wait(20)))
+    assert ended == [True]
+    assert our_threads() == []
+
+
 def test_several_threads_begin_tasks_in_their_order() -> None:
     both, begun = threading.Barrier(2, timeout=20), []
 
@@ -202,7 +216,7 @@ def test_several_threads_begin_tasks_in_their_order() -> None:
     with Background("write", threads=2) as threads:
         idents = {threads.hand(partial(task, number)) for number in range(6)}
     assert sorted(begun) == list(range(6))
-    assert begun[:2] == [0, 1]
+    assert sorted(begun[:2]) == [0, 1]
     assert len({ident.result() for ident in idents}) == 2
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,19 @@ import torch
 from made_up import diffusionsat, image_folder
 
 import satdifuser.extract.compute as compute
-from satdifuser.errors import FeatureError
+import satdifuser.extract.job as job_module
+from satdifuser.errors import FeatureError, StoreError
 from satdifuser.extract.backbone import find_backbone, load_backbone
+from satdifuser.extract.device import set_threads
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.grow import Additions, grow
-from satdifuser.extract.job import Job, plan_layers
+from satdifuser.extract.job import Job, plan_layers, share_threads
 from satdifuser.extract.lanes import BLOCKS, Lanes, StoppedError
 from satdifuser.extract.loading import load_work
 from satdifuser.extract.plan import make_plan
-from satdifuser.extract.run import extract
+from satdifuser.extract.run import extract, planned_attributes
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, FolderSettings
+from satdifuser.store.opening import open_or_create
 from satdifuser.store.reader import open_store
 from satdifuser.store.settings import StoreSettings
 from satdifuser.store.verify import verify
@@ -57,7 +62,7 @@ def threads_as_before() -> Iterator[None]:
 def job(folder: Path, images: Path) -> Callable[..., Job]:
     """Shards of 5 tiles in batches of 2."""
 
-    def make(threads: int, **settings: Any) -> Job:
+    def make(threads: int | str, **settings: Any) -> Job:
         chosen = {"timesteps": [21, 161], "layers": LAYERS, "batch_size": 2, "threads": threads}
         return Job(
             FolderSettings.model_validate({"kind": "folder", "root": images}),
@@ -85,7 +90,7 @@ def features(extractor: FeatureExtractor) -> list[torch.Tensor]:
 
 
 def test_copies_share_the_weights_and_no_hooks(extractor: FeatureExtractor) -> None:
-    lanes, never = Lanes(extractor), threading.Event()
+    lanes, never = Lanes(extractor, 2), threading.Event()
     whole = features(extractor)
     with lanes.one(never) as first, lanes.one(never) as second:
         assert first is not second
@@ -110,11 +115,17 @@ class StopsAt(threading.Event):
         return self.left < 0
 
 
-def test_a_forward_stops_in_its_midst_and_the_copy_is_used_again(extractor: FeatureExtractor) -> None:
-    lanes, before = Lanes(extractor, 1), extractor.unet_calls
-    with pytest.raises(StoppedError), lanes.one(StopsAt(4)) as lane:
-        features(lane)
-    assert lane.unet_calls == before + 1  # the U-Net had begun
+def test_a_batch_stops_in_its_midst_and_the_copy_is_used_again(extractor: FeatureExtractor) -> None:
+    lanes = Lanes(extractor, 1)
+    encoder = extractor.backbone.vae.encoder
+    images = sum(isinstance(module, BLOCKS) for module in encoder.modules())
+    for questions, forwards in (
+        (1 + images // 2, 0),
+        (1 + images + 2, 1),
+    ):  # in the autoencoder, in the U-Net
+        with pytest.raises(StoppedError), lanes.one(StopsAt(questions)) as lane:
+            features(lane)
+        assert lane.unet_calls == forwards
     with pytest.raises(StoppedError), lanes.one(StopsAt(0)):
         pytest.fail("reached")
     with lanes.one(threading.Event()) as again:
@@ -131,6 +142,24 @@ def threads_of_new_ones() -> int:
         return pool.submit(torch.get_num_threads).result()
 
 
+def test_a_thread_keeps_its_number_whatever_others_set() -> None:
+    with ThreadPoolExecutor(1, initializer=partial(set_threads, 1)) as pool:
+        pool.submit(int).result()
+        set_threads(4)
+        assert pool.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == 4
+
+
+def test_lanes_have_their_part_of_the_threads_whatever_others_set(
+    job: Callable[..., Job], tmp_path: Path
+) -> None:
+    with compute.background_of(load_work(make_plan(job(4), tmp_path / "s.zarr"))) as background:
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(3)
+        assert background.hand(torch.get_num_threads).result() == 2
+    assert torch.get_num_threads() == threads_of_new_ones() == 4
+
+
 @pytest.mark.parametrize("noising", ["forward", "inversion"])
 def test_two_lanes_of_a_thread_give_the_bits_of_one_thread(
     job: Callable[..., Job], tmp_path: Path, noising: str
@@ -143,7 +172,9 @@ def test_two_lanes_of_a_thread_give_the_bits_of_one_thread(
     assert verify(made[1], deep=True) == []
     assert made[1].content_digest() == made[0].content_digest()
     assert made[1].tiles.equals(made[0].tiles)
-    assert made[1].attributes.feature_identity["threads"] == 2
+    assert made[1].hashes() == made[0].hashes()  # of the threads those count that share a batch
+    device, wall = (sum(record[name] for record in made[1].commits) for name in ("device_seconds", "seconds"))
+    assert 0 < device < wall  # up to the last batch of the last shard
 
 
 def test_both_lanes_compute_at_once_and_threads_are_given_back(
@@ -165,12 +196,82 @@ def test_both_lanes_compute_at_once_and_threads_are_given_back(
     assert not [t for t in threading.enumerate() if t.name.startswith("compute")]
 
 
-@pytest.mark.parametrize(("threads", "settings"), [(1, {}), (3, {}), (2, {"compile": True})])
-def test_there_are_no_lanes_where_threads_cannot_be_halved_or_copies_not_shared(
-    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, settings: Any
+@pytest.mark.parametrize(
+    ("asked", "held", "shared"),
+    [
+        ("auto", None, (8, 2)),  # threads, lanes
+        (1, None, (1, 1)),
+        (3, None, (3, 1)),  # cannot be halved
+        (4, None, (4, 2)),
+        ("auto", 1, (2, 2)),
+        ("auto", 3, (6, 2)),
+        ("auto", 8, (8, 1)),
+        ("auto", 16, (16, 1)),  # begun on a larger machine
+        (2, 1, (2, 2)),
+        (1, 1, (1, 1)),
+        (2, 2, (2, 1)),
+        (3, 2, (3, 1)),  # will be refused
+    ],
+)
+def test_threads_are_shared_as_the_store_has_them(
+    job: Callable[..., Job], asked: Any, held: int | None, shared: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(FeatureExtractor, "_compile", lambda self: None)
-    assert load_work(make_plan(job(threads, **settings), tmp_path / "s.zarr")).lanes is None
+    assert share_threads(job(asked), held, 8) == shared
+
+
+def test_what_changes_the_shared_network_has_one_lane(job: Callable[..., Job]) -> None:
+    plain = job(4)
+    compiled = job(4, compile=True)
+    on_gpu, widening, half = (
+        replace(plain, backbone_settings=plain.backbone_settings.model_copy(update=changes))
+        for changes in (
+            {"device": "cuda:1"},
+            {"dtype": "float16", "overflow": "widen"},
+            {"dtype": "float16"},
+        )
+    )
+    found = [share_threads(each, None, 4)[1] for each in (plain, half, compiled, on_gpu, widening)]
+    assert found == [2, 2, 1, 1, 1]
+
+
+def test_a_store_that_was_begun_without_lanes_goes_on_without(
+    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As older versions began them: two threads on each batch."""
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module, "LANES", 1)
+        whole = extract(job(2), tmp_path / "whole.zarr")
+        part = extract(job(2), tmp_path / "part.zarr")
+    assert whole.attributes.feature_identity["threads"] == 2
+    (part.folder / "commits/c/1").unlink()
+    assert extract(job(2), part.folder).content_digest() == whole.content_digest()
+    assert load_work(make_plan(job("auto"), part.folder)).lanes is None
+    with pytest.raises(StoreError, match="threads: store has 2, asked for 1"):
+        extract(job(1), part.folder)
+
+
+def test_workers_of_a_cluster_have_lanes_too(job: Callable[..., Job], tmp_path: Path) -> None:
+    """Two shards under way in one process, as Dask sends them: neither changes the other's threads."""
+    worker = pytest.importorskip("satdifuser.extract.worker", reason="the extra dask is not installed")
+    expected = extract(job(2), tmp_path / "one.zarr")
+    plan, out = make_plan(job(2), tmp_path / "several.zarr"), tmp_path / "several.zarr"
+    loaded = load_work(plan).extractor.backbone.loaded
+    with open_or_create(out, planned_attributes(plan, plan.job, loaded), overwrite=False) as writer:
+        order = worker.Order(
+            key="here",
+            out=str(out),
+            store_id=writer.attributes.store_id,
+            job=plan.job,
+            image_size=plan.image_size,
+            layers=plan.layers,
+            per_shard=plan.tiles_per_shard,
+            versions=worker.own_versions(),
+        )
+        ranges = [writer.attributes.shard_range(shard) for shard in range(writer.attributes.shards)]
+        with ThreadPoolExecutor(2) as pool:
+            parts = [plan.records[start:stop] for start, stop in ranges]
+            list(pool.map(partial(worker.extract_shard, order), range(len(parts)), parts))
+    assert open_store(out).content_digest() == expected.content_digest()
 
 
 def test_a_run_that_is_interrupted_goes_on_with_the_same_bits(
@@ -214,12 +315,8 @@ def test_a_store_grows_in_two_lanes(job: Callable[..., Job], tmp_path: Path, lat
     """With the bits of one thread, on which a batch is computed either way."""
     grown = []
     for threads in (1, 2):
-        wanted = job(threads, timesteps=[21])
-        wanted = Job(
-            wanted.source_settings,
-            wanted.backbone_settings,
-            wanted.settings,
-            StoreSettings(tiles_per_shard=5, latents=latents),
+        wanted = replace(
+            job(threads, timesteps=[21]), store=StoreSettings(tiles_per_shard=5, latents=latents)
         )
         path = tmp_path / f"{threads}.zarr"
         extract(wanted, path)

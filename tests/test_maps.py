@@ -261,6 +261,13 @@ def test_features_are_kept_where_asked_and_the_map_is_the_same(
     assert "inside the raster of 70 x 90 px" in message  # the last tiles are padded beyond it
 
 
+def test_two_batches_at_once_make_the_same_map(mapped: Mapped, scene_map: Path, tmp_path: Path) -> None:
+    words = ("-o", tmp_path / "map.tif", "--set", "extract.threads=2", "--set", "extract.batch_size=1")
+    alone = ("-o", tmp_path / "alone.tif", "--set", "extract.threads=1", "--set", "extract.batch_size=1")
+    maps = [read(predict(mapped.run, mapped.scene, *each, "--confidence")) for each in (words, alone)]
+    np.testing.assert_array_equal(*maps)
+
+
 def test_tiles_of_a_store_are_chosen_by_their_ids(mapped: Mapped, tmp_path: Path) -> None:
     part = predict(mapped.run, mapped.store, "-o", tmp_path / "b.tif", "--tiles", "scene/16_*")
     with rasterio.open(part) as found:

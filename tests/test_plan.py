@@ -178,6 +178,16 @@ def test_the_trial_sends_real_tiles_and_writes_nothing(
     assert " tiles/s (" in call(*words, *split).stdout
 
 
+@pytest.mark.parametrize(
+    ("batches", "warming", "at_once", "timed"),
+    [(1, 1, 2, 1), (2, 1, 2, 2), (4, 1, 2, 2), (5, 1, 2, 4), (5, 10, 2, 4), (5, 15, 2, 2), (5, 50, 2, 2)],
+)
+def test_as_many_batches_are_timed_as_are_computed_at_once(
+    batches: int, warming: float, at_once: int, timed: int
+) -> None:
+    assert len(trial._timed([[]] * batches, warming, at_once)) == timed
+
+
 def test_a_slow_backbone_is_timed_on_one_batch(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
