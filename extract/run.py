@@ -1,7 +1,8 @@
 """The extraction run: every tile of a source through the backbone once, into a feature store.
 
 Shards are the unit of work and of restart. Four things run side by side, each in its own order: the reading
-of the next tiles, the backbone on a batch, the fetching of the batch before, the writing of the shard before.
+of the next tiles, the backbone on a batch (on a CPU on two), the fetching of the batch before, the writing of
+the shard before.
 """
 
 from __future__ import annotations
