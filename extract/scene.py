@@ -78,9 +78,8 @@ class SceneFeatures:
                 shard = Shard()
                 compute_batch(self._work_for(batch), [tile.read for tile in batch], shard, background)
                 under_way.append((batch, shard))
-                if (
-                    len(under_way) > self.work.job.lanes
-                ):  # the network works on one while the backbone is at the next
+                # the network works on one while the backbone is at the next
+                if len(under_way) > self.work.job.lanes:
                     yield _finished(*under_way.popleft())
             while under_way:
                 yield _finished(*under_way.popleft())

@@ -135,7 +135,7 @@ def spatial_means(maps: Any) -> Any:
     pixels = math.prod(maps.shape[-2:])
     rows = xp.reshape(maps, (math.prod(maps.shape[:-2]), pixels))
     at_once = max(1, (CPU_AT_ONCE if str(device(maps)) == "cpu" else GPU_AT_ONCE) // pixels)
-    parts = [_sums(rows[first : first + at_once]) for first in range(0, len(rows), at_once)]
+    parts = [_sums(rows[first : first + at_once]) for first in range(0, max(1, len(rows)), at_once)]
     return xp.astype(xp.reshape(xp.concat(parts), maps.shape[:-2]) / pixels, xp.float32)
 
 
