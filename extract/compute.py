@@ -60,11 +60,6 @@ class Work:
         """Tiles of a batch."""
         return int(self.job.settings.batch_size)
 
-    @property
-    def widens(self) -> bool:
-        """Whether what overflows is computed anew in float32; this waits for every batch."""
-        return self.job.backbone_settings.widens
-
     def metadata_of(self, ids: Sequence[str]) -> Tensor | None:
         """The metadata (B, 7) of some tiles, for a backbone that reads any."""
         return torch.stack([self.metadata[tile_id] for tile_id in ids]) if self.metadata else None
@@ -277,7 +272,7 @@ def _launch(
     watch = Stopwatch(extractor.backbone.device)
     latents = latents_by(extractor)
     maps = extractor.features(latents, ids, metadata, first)
-    if work.widens and not all_finite([latents, *maps]):
+    if work.job.backbone_settings.widens and not all_finite([latents, *maps]):
         with extractor.in_float32() as wide:
             wide_latents = latents_by(wide)
             wide_maps = wide.features(wide_latents, ids, metadata, first)

@@ -21,10 +21,7 @@ from torch import nn
 
 from satdifuser.extract.features import FeatureExtractor
 
-BLOCKS = (
-    ResnetBlock2D,
-    Transformer2DModel,
-)  # of U-Net and autoencoder, before which a forward can be stopped
+BLOCKS = (ResnetBlock2D, Transformer2DModel)  # before which U-Net and autoencoder can be stopped
 
 
 class StoppedError(Exception):

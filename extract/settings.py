@@ -166,7 +166,7 @@ class BackboneSettings(Settings):
 
     @property
     def widens(self) -> bool:
-        """Whether what overflows is computed anew in float32."""
+        """Whether what overflows is computed anew in float32; this waits for every batch."""
         return self.overflow == "widen" and self.dtype != "float32"
 
 

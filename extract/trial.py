@@ -17,7 +17,7 @@ from satdifuser.extract.sources.tile import Source, TileRecord
 from satdifuser.extract.value_range import ValueRange
 
 TIMED_BATCHES = 4
-LONGEST_SECONDS = 20.0  # of the timed batches together, but for the first of them
+LONGEST_SECONDS = 20.0  # of the timed batches together, but for those that are computed at once first
 
 
 @dataclass(frozen=True)

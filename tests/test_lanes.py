@@ -119,10 +119,8 @@ def test_a_batch_stops_in_its_midst_and_the_copy_is_used_again(extractor: Featur
     lanes = Lanes(extractor, 1)
     encoder = extractor.backbone.vae.encoder
     images = sum(isinstance(module, BLOCKS) for module in encoder.modules())
-    for questions, forwards in (
-        (1 + images // 2, 0),
-        (1 + images + 2, 1),
-    ):  # in the autoencoder, in the U-Net
+    in_autoencoder, in_unet = (1 + images // 2, 0), (1 + images + 2, 1)
+    for questions, forwards in (in_autoencoder, in_unet):
         with pytest.raises(StoppedError), lanes.one(StopsAt(questions)) as lane:
             features(lane)
         assert lane.unet_calls == forwards
