@@ -138,15 +138,15 @@ def test_colour_statistics_means_and_preview() -> None:
     st.sampled_from([1, 2, 255, 10000, 2**24]),
     st.integers(0, 2**32 - 1),
 )
-def test_percentiles_are_those_of_sorted_values(size: tuple[int, int], steps: int, seed: int) -> None:
+def test_percentiles_are_those_of_numpy(size: tuple[int, int], steps: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     rgb = (random.integers(0, steps + 1, (3, *size)) / steps).astype(np.float32)
-    rgb[0, ::2] *= -0.0  # whose bits are those of a negative number
+    rgb[0, ::2] *= -0.0  # whose place among other zeros depends on the processor
     values = dict(zip(COLOUR_STATISTICS, colour_statistics(rgb), strict=True))
     for name, band in zip(("red", "green", "blue"), rgb, strict=True):
-        places = np.linspace(0, 100, band.size)
-        expected = np.interp(PERCENTILES, places, np.sort(band, axis=None)).astype(np.float32)
-        assert [values[f"{name}_p{p}"] for p in PERCENTILES] == expected.tolist()
+        found = np.array([values[f"{name}_p{p}"] for p in PERCENTILES])
+        np.testing.assert_allclose(found, np.percentile(band, PERCENTILES), rtol=1e-5, atol=1e-6)
+        assert not np.signbit(found).any()
 
 
 @settings(deadline=None)
