@@ -30,6 +30,7 @@ from satdifuser.store.schema import LayerInfo, group_layers
 STATISTICS_TILES = 256
 DRAW_SEED = 0  # few labels: every seed of a training, and every probe, learns from the same draws
 LOADED_AT_ONCE = 64  # tiles on their way to the device
+GPU_SHARE = 0.25  # of its free memory, for the features of a split; what trains needs the rest
 Tensors = dict[str, dict[str, Tensor]]
 """Group name to array name to (B, T, L, …), as kept; see `satdifuser.store.reader.Stored`."""
 
@@ -61,7 +62,7 @@ class MapLoader:
         self._targets = store.targets(rows)
         selection = self.inputs.selection
         size = store.stored_bytes_per_tile(selection) * len(rows)
-        self._held = self._load() if size <= settings.device_memory_gb * 1e9 else None
+        self._held = self._load() if size <= device_budget(settings, device) else None
         budget = 0 if self._held else settings.memory_gb * 1e9
         self._reader = BatchReader(store, rows, selection, budget)
 
@@ -130,6 +131,19 @@ class MapLoader:
         tables = {g: self.store.attributes.layers[self.store.groups[g][0]] for g in totals}
         pixels = {group: len(chosen) * layer.height * layer.width for group, layer in tables.items()}
         return {g: _mean_and_spread(a, b, pixels[g]) for g, (a, b) in totals.items()}
+
+
+def device_budget(settings: TrainingSettings, device: torch.device) -> float:
+    """Bytes of a device's memory that the features of a split may take.
+
+    Args:
+        settings: ``device_memory_gb``; ``auto`` is a part of what is free on a GPU, and nothing on a CPU, for
+            which there is ``memory_gb``.
+        device: Where the network is.
+    """
+    if settings.device_memory_gb != "auto":
+        return settings.device_memory_gb * 1e9
+    return GPU_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0.0
 
 
 class TrainingData:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from satdifuser.errors import RunError, SettingsError
+from satdifuser.errors import DeviceError, RunError, SettingsError
 from satdifuser.fuse.data import TrainingData
 from satdifuser.fuse.grid import Candidate, sweep_section
 from satdifuser.fuse.inputs import choose_inputs, join_inputs
@@ -32,6 +34,7 @@ from satdifuser.fuse.run_folder import (
 )
 from satdifuser.fuse.settings import WHEREABOUTS, FitSettings, FusionName, TrainingSettings
 from satdifuser.fuse.train import NewScorer, Training, run_epoch
+from satdifuser.store.device import choose_device, device_name
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import differing_fields
 
@@ -87,6 +90,9 @@ def fit_candidates(
 
     Returns:
         Their runs, in the same order.
+
+    Raises:
+        DeviceError: the device has no memory for a step; finished epochs are kept.
     """
     check_task(store, candidates[0].settings)
     check_log(candidates[0].settings.log)
@@ -95,7 +101,10 @@ def fit_candidates(
         found = None if overwrite else _finished(folder / one.name, run_identity(store, one))
         done |= {one.name: found} if found else {}
     left = [one for one in candidates if one.name not in done]
-    with tqdm(total=_epochs(left), desc="fit", unit="epoch", disable=None if is_first() else True) as bar:
+    with (
+        _telling_what_takes_less_memory(candidates[0].settings),
+        tqdm(total=_epochs(left), desc="fit", unit="epoch", disable=None if is_first() else True) as bar,
+    ):
         for trainings in _rounds(store, left, folder, overwrite):
             bar.update(sum(training.epoch for training in trainings))
             for advanced in _train(store, trainings, folder, new_scorer):
@@ -108,6 +117,21 @@ def fit_candidates(
     if board and is_first():
         write_board(board, standings(candidates, done, []))
     return [done[one.name] for one in candidates]
+
+
+@contextmanager
+def _telling_what_takes_less_memory(settings: TrainingSettings) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        device = device_name(choose_device(settings.device, "fit.device"))
+        raise DeviceError(
+            f"fit: {device} has no memory for a step with batches of {settings.batch_size} tiles "
+            f"({str(error).split('. ')[0]}); finished epochs are kept, and the same command goes on with "
+            "them if given fit.device_memory_gb=0 (features stay off the GPU) or fit.networks_gb=0 (one network at a "
+            "time); what takes less besides, as new runs: a smaller fit.batch_size or fit.projection, "
+            "fit.precision=bfloat16, fewer fit.layers or fit.timesteps"
+        ) from error
 
 
 def _epochs(candidates: Sequence[Candidate]) -> int:

@@ -113,7 +113,7 @@ class TrainingSettings(Settings):
     normalise: bool = True
     reference_slicing: bool = False
     memory_gb: NonNegativeFloat = 4.0
-    device_memory_gb: NonNegativeFloat = 0.0
+    device_memory_gb: NonNegativeFloat | Literal["auto"] = "auto"
     networks_gb: NonNegativeFloat = 1.0
     device: str = "auto"
     log: LogName = "none"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from made_up import RANDOM_STEPS, random_mask_row, random_row, random_store
 
-from satdifuser.errors import RunError, SettingsError, StoreError
+from satdifuser.errors import DeviceError, RunError, SettingsError, StoreError
 from satdifuser.evaluate.chosen import best_of_each
 from satdifuser.evaluate.evaluation import check_features, ensure_measured_on_val, evaluate_run, new_outcome
 from satdifuser.evaluate.results import format_cells, results_table
@@ -218,6 +218,26 @@ def test_an_interrupted_sweep_goes_on_and_keeps_what_is_done(
     for a, b in zip(whole, runs, strict=True):
         assert a.info["model_sha256"] == b.info["model_sha256"]
         assert not (b.path / "checkpoint.pt").exists()
+
+
+def test_out_of_memory_says_what_takes_less_and_the_sweep_goes_on(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates = expand(SweepSettings(fusion=["global", "moe"], **QUICK), store)
+    whole = fit_candidates(store, candidates, tmp_path / "whole", new_outcome)
+
+    def step(trainings: Sequence[Training], new_scorer: NewScorer) -> None:
+        if trainings[0].epoch == 1 and len(trainings) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        run_epoch(trainings, new_scorer)
+
+    monkeypatch.setattr(fit_module, "run_epoch", step)
+    message = r"no memory for a step with batches of 4 tiles \(CUDA out of memory\); finished epochs are kept"
+    with pytest.raises(DeviceError, match=message):
+        fit_candidates(store, candidates, tmp_path / "parts", new_outcome)
+    alone = SweepSettings(fusion=["global", "moe"], **QUICK | {"networks_gb": 0, "device_memory_gb": 0})
+    runs = fit_candidates(store, expand(alone, store), tmp_path / "parts", new_outcome)
+    assert [run.info["model_sha256"] for run in runs] == [run.info["model_sha256"] for run in whole]
 
 
 def test_a_sweep_that_grew_trains_only_what_is_new(store: FeatureStore, tmp_path: Path) -> None:

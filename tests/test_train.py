@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from made_up import random_store
 
 from satdifuser.errors import SettingsError
-from satdifuser.fuse.data import MapLoader
+from satdifuser.fuse.data import MapLoader, device_budget
 from satdifuser.fuse.network import build_network
 from satdifuser.fuse.run_network import mask_size
 from satdifuser.fuse.settings import FitSettings
@@ -104,6 +104,14 @@ def test_batches_are_the_same_from_disk_from_memory_and_on_the_device(
                 wanted = (expected[group][chosen] - mean) / spread
                 stride = store.attributes.layers[held[0]].stride
                 np.testing.assert_array_equal(np.stack([m.numpy() for m in maps[stride]], axis=2), wanted)
+
+
+def test_features_may_take_a_part_of_a_gpu_or_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10**9, 90 * 10**9))
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert device_budget(FitSettings(), gpu) == 20e9
+    assert device_budget(FitSettings(), cpu) == 0
+    assert [device_budget(FitSettings(device_memory_gb=2), device) for device in (gpu, cpu)] == [2e9, 2e9]
 
 
 @pytest.mark.parametrize("head", ["shortcut", "reference"])
