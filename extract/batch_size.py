@@ -12,6 +12,7 @@ import torch
 
 from satdifuser.errors import DeviceError
 from satdifuser.extract.compute import Work, launch_images, memory_message
+from satdifuser.extract.device import is_out_of_memory
 from satdifuser.extract.images import Prepared
 from satdifuser.extract.read_tile import ReadTile
 from satdifuser.store.writer import TileRow
@@ -36,10 +37,12 @@ def choose_batch(work: Work, tile_id: str, per_shard: int) -> int:
 
 def largest_fitting(fits: Callable[[int], bool], most: int) -> int:
     """The largest batch up to `most` that fits, 0 if none does: doubled, then narrowed down."""
+    if fits(most):  # on large GPUs a whole shard does
+        return most
     low, high = 0, 1
-    while high <= most and fits(high):
+    while high < most and fits(high):
         low, high = high, 2 * high
-    high = min(high, most + 1)  # the smallest that is known not to be wanted
+    high = min(high, most)  # the smallest that is known not to fit
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -59,7 +62,9 @@ def fits_on_device(work: Work, tile_id: str, batch: int) -> bool:
         under_way = [launch_images(work, [blank] * batch) for _ in range(2)]
         torch.cuda.synchronize(work.extractor.backbone.device)
         return len(under_way) == 2
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return False
     finally:
         torch.cuda.empty_cache()

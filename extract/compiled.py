@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from satdifuser.errors import BackboneError
+from satdifuser.errors import BackboneError, DeviceError
 from satdifuser.extract.layers import as_map, tapped
 from satdifuser.extract.unet import Conditions
 from satdifuser.store.schema import LayerInfo
@@ -43,9 +43,8 @@ class CompiledTaps:
         self._unet, self._layers, self._images = unet, layers, images
         self._outputs: dict[str, Tensor] = {}
         self._kept: list[Tensor] = []
-        modules = dict(unet.named_modules())
         for layer in layers:
-            modules[layer.name].register_forward_hook(self._keep(layer.name))
+            unet.get_submodule(layer.name).register_forward_hook(self._keep(layer.name))
         options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
         self._maps = torch.compile(self._run_for_maps, **options)
         self._all = torch.compile(self._run_for_all, **options)
@@ -103,16 +102,23 @@ class CompiledTaps:
 
         Raises:
             BackboneError: it cannot be compiled, or a layer differs.
+            DeviceError: the device has no memory for both.
         """
         try:
             found = self.features_only(x, t, conditions)
+            with tapped(self._unet, self._layers) as plain:
+                expected = plain.features_only(x, t, conditions)
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                "extract.compile: no memory to compare the compiled U-Net with itself as it is, in a batch of "
+                f"{len(x)} ({str(error).split('. ')[0]}); set a smaller extract.batch_size, or "
+                "extract.compile: false"
+            ) from error
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
             raise BackboneError(
                 f"extract.compile: the U-Net cannot be compiled here: {error}; install a C++ compiler (for "
                 "the CPU) or Triton (for a GPU), or set extract.compile: false"
             ) from error
-        with tapped(self._unet, self._layers) as plain:
-            expected = plain.features_only(x, t, conditions)
         for layer, ours, theirs in zip(self._layers, found, expected, strict=True):
             difference = float((ours - theirs).abs().max() / theirs.abs().max())
             if not difference <= TOLERANCES[x.dtype]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from satdifuser.errors import DeviceError, FeatureError
 from satdifuser.extract.background import Background
-from satdifuser.extract.device import Fetcher, Stopwatch, set_threads, stack_for
+from satdifuser.extract.device import Fetcher, Stopwatch, is_out_of_memory, set_threads, stack_for
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.images import Floats
 from satdifuser.extract.job import Job
@@ -184,7 +184,9 @@ def compute_batch(
     """
     try:
         task = task_of(work, background, lambda lane: launch_images(lane, tiles, first, shard.widened))
-    except torch.OutOfMemoryError as error:  # which holds the batch's memory as long as it is held
+    except RuntimeError as error:  # which holds the batch's memory as long as it is held
+        if not is_out_of_memory(error):
+            raise
         reason = str(error).split(". ")[0]
     else:
         shard.batches.append(background.hand(task))
@@ -320,18 +322,19 @@ def _send(
     tensors = {"latents": latents.float()}
     for name, positions in groups.items():
         # L x (B, T, C, H, W) -> (B, T, L, C, H, W)
-        together = torch.stack([maps[position] for position in positions], dim=2)
-        tensors[f"{name}/largest"] = largest(together)
+        together = torch.stack([maps[position] for position in positions], dim=2).float()
+        if FORMS[store.encoding].limited:
+            tensors[f"{name}/largest"] = largest(together)
         encoded = encode(together, store.encoding, store.pool_of(extractor.layers[positions[0]].stride))
         tensors |= {f"{name}/{key}": tensor for key, tensor in encoded.items()}
-    fetched, seconds = work.fetcher.fetch(tensors), watch.stop()
+    seconds, fetched = watch.stop(), work.fetcher.fetch(tensors)
 
     def finish() -> Features:
-        arrays = fetched()
+        arrays, limit = fetched(), FORMS[store.encoding].largest
         for name, positions in groups.items():
             layers = [extractor.layers[position] for position in positions]
-            limit = FORMS[store.encoding].largest
-            check_finite(arrays.pop(f"{name}/largest"), ids, layers, extractor.timesteps, limit)
+            means = np.abs(arrays[f"{name}/pooled"]).max(-1)  # not finite where any value is not
+            check_finite(arrays.pop(f"{name}/largest", means), ids, layers, extractor.timesteps, limit)
         clean: Any = arrays.pop("latents")
         encoded: Encoded = {name: {} for name in groups}
         for key, array in arrays.items():

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from satdifuser.extract.compute import Work
 from satdifuser.store.device import device_name, gpu_uuid
 from satdifuser.store.energy import EnergyMeter
 
 
+class Reading(NamedTuple):
+    """What clock and energy counter show; neither ever goes back."""
+
+    seconds: float
+    joules: float  # 0 where the machine does not tell
+
+
 class ShardCost:
-    """Wall seconds and energy since it was made, or since the last note.
+    """Wall seconds and energy since it was made, or since the last note: no two shards share any.
 
     Args:
         work: Says on which device.
@@ -22,17 +29,27 @@ class ShardCost:
         device, self._batch = work.extractor.backbone.device, work.batch_size
         self._device_name = device_name(device)
         self._meter = EnergyMeter(gpu_uuid(device)) if metered else None
-        self._seconds, self._joules = time.monotonic(), 0.0
+        self._tells_energy = self._meter is not None and self._meter.joules() is not None
+        self._last = self.read()
 
-    def note(self) -> dict[str, Any]:
-        """Facts for the commit record; begins anew."""
-        now, joules = time.monotonic(), self._meter.joules() if self._meter else None
+    def read(self) -> Reading:
+        """What clock and counter show now."""
+        return Reading(time.monotonic(), (self._meter and self._meter.joules()) or 0.0)
+
+    def note(self, begun: Reading | None = None) -> dict[str, Any]:
+        """Facts for the commit record; begins anew.
+
+        Args:
+            begun: When work on the shard began, if nothing was done between the last note and that.
+        """
+        now, last = self.read(), self._last
+        since = last if begun is None else Reading(*map(max, begun, last))
         note: dict[str, Any] = {
-            "seconds": round(now - self._seconds, 3),
+            "seconds": round(now.seconds - since.seconds, 3),
             "batch_size": self._batch,
             "device": self._device_name,
         }
-        if joules is not None:
-            note["joules"], self._joules = round(joules - self._joules, 3), joules
-        self._seconds = now
+        if self._tells_energy:
+            note["joules"] = round(now.joules - since.joules, 3)
+        self._last = now
         return note

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Arrays = dict[str, NDArray[np.generic]]
+ALIGNMENT = 256  # bytes
+NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "unable to find an engine to execute")
 CONTEXT_BYTES = 600e6  # at most, that a process takes of a GPU's memory beside its tensors
 
 
@@ -76,13 +78,13 @@ class Fetcher:
         if self._queue is None:
             return lambda: {name: tensor.numpy() for name, tensor in tensors.items()}
         self._queue.wait_stream(torch.cuda.current_stream(self._queue.device))
-        copies = {}
+        copies = room_for(tensors, page_locked=True)
         with torch.cuda.stream(self._queue):
             for name, tensor in tensors.items():
-                copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 copies[name].copy_(tensor, non_blocking=True)
                 tensor.record_stream(self._queue)  # its memory is not given away before
-            done = self._queue.record_event()
+            # one that waits sleeps: with spinning it would take a core
+            done = self._queue.record_event(torch.cuda.Event(blocking=True))
 
         def wait() -> Arrays:
             done.synchronize()
@@ -91,6 +93,25 @@ class Fetcher:
             return {name: copy.numpy() for name, copy in copies.items()}
 
         return wait
+
+
+def room_for(tensors: Mapping[str, Tensor], page_locked: bool) -> dict[str, Tensor]:
+    """Empty tensors on the CPU like some others, in one piece of memory.
+
+    Torch rounds each piece of page-locked memory up to a power of two bytes: of several, each just above one,
+    half would be wasted. A shard's default size is just below one.
+    """
+    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors.values()]
+    whole = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=page_locked)
+    return {
+        name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for (name, tensor), part in zip(tensors.items(), whole.split(sizes), strict=True)
+    }
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU had no memory: cuBLAS and cuDNN say so in words of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 class Stopwatch:

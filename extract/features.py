@@ -81,9 +81,8 @@ class FeatureExtractor:
     def in_float32(self) -> Iterator[FeatureExtractor]:
         """An extractor that computes in float32 with the same weights, while the `with` block lasts."""
         narrow, settings = self.backbone, self.settings.model_copy(update={"compile": False})
-        wide = narrow.to(torch.float32)
-        try:
-            yield FeatureExtractor(wide, settings, self.layers)
+        try:  # where memory does not suffice, what is float32 by then is narrowed again, too
+            yield FeatureExtractor(narrow.to(torch.float32), settings, self.layers)
         finally:
             narrow.to(narrow.dtype)
 
@@ -126,7 +125,8 @@ class FeatureExtractor:
             first: The place of the first tile, where each place of a batch has a prompt of its own.
 
         Returns:
-            One (B, T, C, H, W) float32 tensor per layer, timesteps ascending.
+            One (B, T, C, H, W) tensor per layer, timesteps ascending; of the backbone's dtype with forward
+            noising and one draw, else float32.
         """
         conditions = self.backbone.conditions(len(latents), metadata, first)
         if self.settings.noising == "inversion":
@@ -190,7 +190,8 @@ class FeatureExtractor:
             conditions: What the U-Net is told beside them.
 
         Returns:
-            One (B, T, C, H, W) float32 tensor per layer, timesteps ascending.
+            One (B, T, C, H, W) tensor per layer, timesteps ascending; of the backbone's dtype where there is
+            one draw, else float32.
         """
         steps = len(self.timesteps)
         levels = [self._levels[t] for t in self.timesteps]
@@ -201,6 +202,9 @@ class FeatureExtractor:
                 x = torch.stack([add_noise(z0, noise, level) for level in levels], dim=1)  # (B, T, c, h, w)
                 self.unet_calls += 1
                 maps = taps.features_only(x.flatten(0, 1), time, conditions.repeat(steps))
-                drawn = [m.float().unflatten(0, (len(z0), steps)) for m in maps]
-                sums = [a + b for a, b in zip(sums, drawn, strict=True)] if sums else drawn
+                drawn = [m.unflatten(0, (len(z0), steps)) for m in maps]
+                if len(draws) == 1:
+                    return drawn
+                wide = [m.float() for m in drawn]
+                sums = [a + b for a, b in zip(sums, wide, strict=True)] if sums else wide
         return [total / len(draws) for total in sums]

@@ -127,9 +127,9 @@ def tapped(unet: nn.Module, layers: Sequence[LayerInfo]) -> Iterator[Taps]:
     """Tap the given layers for the length of a `with` block."""
     with _hooks() as handles:
         taps = Taps(unet, layers)
-        modules = dict(unet.named_modules())
         for layer in layers:
-            handles.append(modules[layer.name].register_forward_hook(taps.keep(layer.name)))
+            module = unet.get_submodule(layer.name)
+            handles.append(module.register_forward_hook(taps.keep(layer.name)))
         yield taps
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
@@ -20,6 +21,7 @@ import torch
 
 from satdifuser.errors import ClusterError, StoreError
 from satdifuser.extract.backbone import LoadedModel, find_backbone
+from satdifuser.extract.background import Background
 from satdifuser.extract.compute import Work, background_of, compute_shard, write_shard
 from satdifuser.extract.cost import ShardCost
 from satdifuser.extract.device import fix_arithmetic, share_memory
@@ -61,6 +63,7 @@ class Loaded:
     """What a worker keeps from shard to shard."""
 
     work: Work
+    cost: ShardCost
     source: Source
     readers: Readers | None
 
@@ -163,15 +166,26 @@ def extract_shard(order: Order, shard: int, records: list[TileRecord]) -> Report
         ahead = read_ahead(order.job, loaded.source, order.image_size, records, loaded.readers)
         with closing(ahead) as tiles:
             begun = chain(list(islice(tiles, 1)), tiles)  # reading begins while another shard is computed
-            with _computing:
-                fix_arithmetic(int(order.job.settings.threads))  # of this thread
-                with background_of(work) as background:
-                    on_gpu = work.extractor.backbone.device.type == "cuda"
-                    cost = ShardCost(work, metered=on_gpu and order.processes_per_gpu == 1)
-                    computed = compute_shard(work, begun, len(records), values, background, background.check)
-        note = cost.note()
+            with _turn_of(work) as background:
+                began = loaded.cost.read()
+                computed = compute_shard(work, begun, len(records), values, background, background.check)
+        note = loaded.cost.note(began)
         write_shard(_writer(order), shard, computed, lambda: note)
     return Report(shard, len(records), note["seconds"], worker_name(), values.warning())
+
+
+@contextmanager
+def _turn_of(work: Work) -> Iterator[Background]:
+    """This shard's turn to compute; without lanes, the next one's begins before the last batch is fetched."""
+    if work.lanes is None:
+        with background_of(work) as background, _computing:
+            fix_arithmetic(int(work.job.settings.threads))  # of this thread
+            yield background
+    else:
+        with _computing:
+            fix_arithmetic(int(work.job.settings.threads))
+            with background_of(work) as background:
+                yield background
 
 
 def _load(order: Order, records: list[TileRecord]) -> Loaded:
@@ -184,7 +198,9 @@ def _load(order: Order, records: list[TileRecord]) -> Loaded:
             count, preparation = order.reader_processes, job.preparation(order.image_size)
             readers = Readers(count, job.source_settings, preparation) if count else None
             work = prepare_work(job, info, order.image_size, order.layers, records, order.per_shard)
-            _loaded[order.key] = Loaded(work, open_source(job.source_settings), readers)
+            alone = work.extractor.backbone.device.type == "cuda" and order.processes_per_gpu == 1
+            cost = ShardCost(work, metered=alone)
+            _loaded[order.key] = Loaded(work, cost, open_source(job.source_settings), readers)
         return _loaded[order.key]
 
 

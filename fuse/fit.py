@@ -128,9 +128,9 @@ def _telling_what_takes_less_memory(settings: TrainingSettings) -> Iterator[None
         raise DeviceError(
             f"fit: {device} has no memory for a step with batches of {settings.batch_size} tiles "
             f"({str(error).split('. ')[0]}); finished epochs are kept, and the same command goes on with "
-            "them if given fit.device_memory_gb=0 (features stay off the GPU) or fit.networks_gb=0 (one network at a "
-            "time); what takes less besides, as new runs: a smaller fit.batch_size or fit.projection, "
-            "fit.precision=bfloat16, fewer fit.layers or fit.timesteps"
+            "them if given fit.device_memory_gb=0 (features stay off the GPU) or fit.networks_gb=0 (one "
+            "network at a time); what takes less besides, as new runs: a smaller fit.batch_size or "
+            "fit.projection, fit.precision=bfloat16, fewer fit.layers or fit.timesteps"
         ) from error
 
 

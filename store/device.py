@@ -52,7 +52,9 @@ def check_dtype(device: torch.device, dtype: torch.dtype, setting: str, instead:
 
     if device.type != "cuda" or dtype != torch.bfloat16:
         return
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
+    with torch.cuda.device(device):
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    if not supported:
         raise SettingsError(f"{setting}: bfloat16, but {device_name(device)} does not compute it; {instead}")
 
 

@@ -23,6 +23,7 @@ from satdifuser.store.settings import Encoding
 from satdifuser.store.shard_file import BLOSC_LEVEL
 
 Floats = NDArray[np.float32]
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 INT8_MAX = 127
 INT4_STEPS = 15
 MANTISSA_BITS, KEPT_BITS = 10, 5  # of float16; by `rounded`
@@ -37,8 +38,13 @@ class Form:
     dtype: str
     per_channel: tuple[str, ...] = ()
     compressed: bool = False
-    largest: float = float(np.finfo(np.float32).max)  # magnitude that it can hold
+    largest: float = FLOAT32_MAX  # magnitude that it can hold
     packed: bool = False  # two values of a row in each byte
+
+    @property
+    def limited(self) -> bool:
+        """Whether there are finite float32 features that it cannot hold."""
+        return self.largest < FLOAT32_MAX
 
 
 FORMS: dict[Encoding, Form] = {

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ from satdifuser.extract.backbone import find_backbone, load_backbone
 from satdifuser.extract.batch_size import equal_parts, largest_fitting
 from satdifuser.extract.compiled import CompiledTaps
 from satdifuser.extract.compute import mend
+from satdifuser.extract.cost import Reading, ShardCost
+from satdifuser.extract.device import is_out_of_memory, room_for
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.job import Job
 from satdifuser.extract.layers import layer_table, select_layers, tapped
@@ -137,6 +141,50 @@ def test_a_batch_that_does_not_fit_is_split_and_no_tile_is_lost(
         np.testing.assert_allclose(split.maps(np.arange(11))[group], maps, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_libraries_of_a_gpu_say_in_their_own_words_that_it_has_no_memory(
+    error: RuntimeError, expected: bool
+) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_an_error_that_is_not_about_memory_is_not_split_away(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(FeatureExtractor, "latents", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        extract(make_job(folder), tmp_path / "s.zarr")
+
+
+def test_room_for_tensors_is_one_piece_and_none_lies_on_another() -> None:
+    tensors = {
+        "a": torch.arange(5, dtype=torch.int8).view(1, 5),
+        "b": torch.randn(3, 2, dtype=torch.float32),
+        "c": torch.randn(7, 300, dtype=torch.float64).T,
+        "d": torch.zeros(0, 4, dtype=torch.int16),
+        "e": torch.tensor(3.0, dtype=torch.float16),
+    }
+    room = room_for(tensors, page_locked=False)
+    assert len({copy.untyped_storage().data_ptr() for copy in room.values()}) == 1
+    for name, tensor in tensors.items():
+        room[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        assert (room[name].dtype, room[name].shape) == (tensor.dtype, tensor.shape)
+        assert room[name].is_contiguous()
+        assert torch.equal(room[name], tensor)
+
+
 def test_a_split_batch_keeps_the_prompt_of_each_place(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +278,7 @@ def test_widening_leaves_the_weights_as_they_were(folder: Path) -> None:
 
 def test_a_gpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(
         SettingsError, match=r"^backbone\.dtype: bfloat16, but Tesla T4 does not compute it; use float16$"
@@ -309,6 +358,17 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled_and_check()
 
 
+def test_no_memory_for_the_compiled_network_and_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: refuse)
+    with pytest.raises(
+        DeviceError, match=r"in a batch of 1 \(CUDA out of memory\); set a smaller extract\.batch"
+    ):
+        compiled_and_check()
+
+
 # --- energy
 
 
@@ -342,6 +402,18 @@ def test_the_cost_of_a_store_is_in_its_commit_records(folder: Path, tmp_path: Pa
     assert total_cost([*with_joules, {"device": "x"}, {}])["joules"] is None
     assert total_cost(with_joules)["device_seconds"] is None  # one shard does not tell
     assert total_cost([])["device_seconds"] is None
+
+
+def test_shards_that_overlap_share_no_seconds_and_no_joules(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([Reading(0, 0), Reading(5, 50), Reading(8, 60), Reading(12, 62)])
+    monkeypatch.setattr(ShardCost, "read", lambda self: next(readings))
+    backbone = SimpleNamespace(device=torch.device("cpu"))
+    work: Any = SimpleNamespace(extractor=SimpleNamespace(backbone=backbone), batch_size=4)
+    cost = ShardCost(work)
+    cost._tells_energy = True
+    begun = [Reading(1, 2), Reading(3, 40), Reading(10, 61)]  # the second before the first one ends
+    found = [cost.note(each) for each in begun]
+    assert [(note["seconds"], note["joules"]) for note in found] == [(4, 48), (3, 10), (2, 1)]
 
 
 def test_store_info_shows_the_cost(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

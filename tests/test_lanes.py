@@ -250,13 +250,48 @@ def test_a_store_that_was_begun_without_lanes_goes_on_without(
 
 def test_workers_of_a_cluster_have_lanes_too(job: Callable[..., Job], tmp_path: Path) -> None:
     """Two shards under way in one process, as Dask sends them: neither changes the other's threads."""
-    worker = pytest.importorskip("satdifuser.extract.worker", reason="the extra dask is not installed")
     expected = extract(job(2), tmp_path / "one.zarr")
-    plan, out = make_plan(job(2), tmp_path / "several.zarr"), tmp_path / "several.zarr"
+    as_a_worker(job(2), tmp_path / "several.zarr")
+    assert open_store(tmp_path / "several.zarr").content_digest() == expected.content_digest()
+
+
+def test_a_worker_without_lanes_begins_a_shard_while_the_last_batch_of_another_is_fetched(
+    job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a GPU is not idle between them."""
+    launch, launched, begun, waited = compute.launch_images, [], threading.Event(), []
+
+    def wait(finish: Callable[[], Any]) -> Any:
+        waited.append(begun.wait(60))
+        return finish()
+
+    def count(*rest: Any) -> Any:
+        launched.append(rest)
+        finish = launch(*rest)
+        if len(launched) == 3:  # batches of 2 in shards of 5
+            return partial(wait, finish)
+        if len(launched) == 4:
+            begun.set()
+        return finish
+
+    monkeypatch.setattr(compute, "launch_images", count)
+    as_a_worker(job(1), tmp_path / "several.zarr")
+    monkeypatch.undo()
+    assert waited == [True]
+    expected = extract(job(1), tmp_path / "one.zarr")
+    store = open_store(tmp_path / "several.zarr")
+    assert store.content_digest() == expected.content_digest()
+    assert all(record["seconds"] > 0 for record in store.commits)
+
+
+def as_a_worker(job: Job, out: Path) -> None:
+    """Extract all shards in one process, two at once, as Dask sends them."""
+    worker = pytest.importorskip("satdifuser.extract.worker", reason="the extra dask is not installed")
+    plan = make_plan(job, out)
     loaded = load_work(plan).extractor.backbone.loaded
     with open_or_create(out, planned_attributes(plan, plan.job, loaded), overwrite=False) as writer:
         order = worker.Order(
-            key="here",
+            key=str(out),
             out=str(out),
             store_id=writer.attributes.store_id,
             job=plan.job,
@@ -269,7 +304,6 @@ def test_workers_of_a_cluster_have_lanes_too(job: Callable[..., Job], tmp_path: 
         with ThreadPoolExecutor(2) as pool:
             parts = [plan.records[start:stop] for start, stop in ranges]
             list(pool.map(partial(worker.extract_shard, order), range(len(parts)), parts))
-    assert open_store(out).content_digest() == expected.content_digest()
 
 
 def test_a_run_that_is_interrupted_goes_on_with_the_same_bits(
