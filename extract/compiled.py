@@ -110,8 +110,8 @@ class CompiledTaps:
                 expected = plain.features_only(x, t, conditions)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
-                "extract.compile: no memory to compare the compiled U-Net with itself as it is, in a batch of "
-                f"{len(x)} ({str(error).split('. ')[0]}); set a smaller extract.batch_size, or "
+                "extract.compile: no memory to compare the compiled U-Net with itself as it is, in a batch "
+                f"of {len(x)} ({str(error).split('. ')[0]}); set a smaller extract.batch_size, or "
                 "extract.compile: false"
             ) from error
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:

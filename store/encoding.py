@@ -167,15 +167,16 @@ def average_windows(maps: Any, side: int) -> Any:
     """
     if side == 1:
         return maps
-    xp = array_namespace(maps)
+    xp, where = array_namespace(maps), device(maps)
     height, width = maps.shape[-2:]
     shape = *maps.shape[:-2], -(-height // side) * side, -(-width // side) * side
-    whole = xp.zeros(shape, dtype=maps.dtype, device=device(maps))
+    whole = xp.zeros(shape, dtype=maps.dtype, device=where)
     whole[..., :height, :width] = maps
     sums = sum(whole[..., y::side, x::side] for y in range(side) for x in range(side))
-    rows, columns = (np.minimum(side, n - np.arange(0, n, side)) for n in (height, width))
-    counts = xp.asarray(np.outer(rows, columns), dtype=maps.dtype, device=device(maps))
-    return sums / counts
+    # made on the device, which would be waited for if they came from elsewhere
+    lefts = (n - xp.arange(0, n, side, dtype=maps.dtype, device=where) for n in (height, width))
+    rows, columns = (xp.clip(left, max=side) for left in lefts)
+    return sums / (rows[:, None] * columns)
 
 
 def pack_pairs(codes: Any) -> Any:
