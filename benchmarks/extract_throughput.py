@@ -83,6 +83,7 @@ def main() -> None:
         "--reader-processes", choices=["auto", "true", "false"], default="auto", help="one for each of them"
     )
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--mixed", action="store_true", help="train in bfloat16 in (b), on both sides")
     parser.add_argument("--parts", default="abc", help="which of a, b, c, d and e")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="numbers of them for (e)")
     parser.add_argument("--root", type=Path, help="where images and stores lie meanwhile")
@@ -289,7 +290,9 @@ class Bench:
         targets = targets.to(self.device)
         for _ in range(0, self.tiles, size):
             optimizer.zero_grad(set_to_none=True)
-            loss(network(maps)[0], targets, 255).backward()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.mixed):
+                logits = network(maps)[0]
+            loss(logits.float(), targets, 255).backward()
             optimizer.step()
 
     def read_images(self) -> list[ReadTile]:
