@@ -7,11 +7,12 @@ stdout is data, everything else goes to stderr. Exit codes: 0 done, 1 failed, 2 
 from __future__ import annotations
 
 import json
-import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -33,7 +34,7 @@ from satdifuser.store.commands import (
     store_argument,
     whole_numbers,
 )
-from satdifuser.store.location import Location
+from satdifuser.store.location import Location, check_absent, check_output
 
 if TYPE_CHECKING:
     from satdifuser.pipeline import Pipeline
@@ -53,20 +54,43 @@ class _Failure(click.ClickException):
         click.echo(f"error: {self.message}", err=True, file=file)
 
 
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Take note of Ctrl-C, and raise KeyboardInterrupt as ever."""
+    noted: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or current_thread() is not main_thread():
+        yield noted
+        return
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class _Commands(click.Group):
     """Turns the package's errors into a message and an exit code, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except SatDiFuserError as error:
-            raise _Failure(str(error), error.exit_code) from error
-        except BrokenPipeError:
-            raise  # click ends quietly when the reader of a pipe has gone
-        except OSError as error:
-            raise _Failure(str(error), 1) from error
-        except KeyboardInterrupt as error:
-            raise _Failure(INTERRUPTED, 130) from error
+        with _noting_interrupts() as noted:
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt as error:
+                raise _Failure(INTERRUPTED, 130) from error
+            except Exception as error:
+                if noted:  # a library that was being imported has made an error of its own of it
+                    raise _Failure(INTERRUPTED, 130) from error
+                if isinstance(error, SatDiFuserError):
+                    raise _Failure(str(error), error.exit_code) from error
+                if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                    raise _Failure(str(error), 1) from error
+                raise  # click ends quietly when the reader of a pipe has gone
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -82,21 +106,6 @@ def _load(config: Path | None, overrides: tuple[str, ...]) -> Pipeline:
     from satdifuser.pipeline import load_pipeline
 
     return load_pipeline(config, overrides)
-
-
-def _check_output(folder: Path, setting: str) -> None:
-    """Refuse, before any work is done, a folder that cannot be made or written in."""
-    places = (folder.absolute(), *folder.absolute().parents)
-    nearest = next(place for place in places if os.access(place, os.F_OK))
-    if not nearest.is_dir():
-        raise SettingsError(
-            f"{setting}: cannot write in {folder}: {nearest} is not a folder; choose another path"
-        )
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise SettingsError(
-            f"{setting}: cannot write in {folder}: {nearest} is not writable; choose another path, or change "
-            "its permissions"
-        )
 
 
 @contextmanager
@@ -133,7 +142,7 @@ def run(
     pipeline = _load(config, overrides)
     if out is not None:
         pipeline = pipeline.model_copy(update={"output": out})
-    _check_output(pipeline.output, "output (-o)")
+    check_output(pipeline.output, "output (-o)")
     with _telling_what_is_kept(pipeline.store_path):
         summary = run_pipeline(pipeline, overwrite, ignore_free_space)
     click.echo(summary)
@@ -244,7 +253,7 @@ def extract(
     pipeline = _load(config, overrides)
     job = pipeline.job()
     path = out or pipeline.store_path
-    _check_output(path.parent, "store.path (-o)")
+    check_output(path.parent, "store.path (-o)")
     with _telling_what_is_kept(path):
         if workers or scheduler:
             from satdifuser.extract.cluster import extract_on_cluster
@@ -321,7 +330,7 @@ def fit(
     named = as_overrides("fit", seeds=numbered, labels=labels, shots=shots, draws=draws)
     pipeline = _load(config, (*overrides, *named))
     folder = out or pipeline.output / "runs"
-    _check_output(folder, "output (-o)")
+    check_output(folder, "output (-o)")
     with joined():
         runs = fit_all(open_store(store), pipeline, folder, overwrite)
         if is_first():
@@ -370,7 +379,7 @@ def probe(
     named = as_overrides("probe", labels=labels, shots=shots, draws=draws, partition=partition)
     pipeline = _load(config, (*overrides, *named))
     folder = out or pipeline.output / "probe"
-    _check_output(folder, "output (-o)")
+    check_output(folder, "output (-o)")
     cluster = Cluster(workers or 0, scheduler or "", threads=1) if workers or scheduler else None
     settings = (pipeline.probe, pipeline.evaluate)
     table = probe_store(open_store(store), *settings, folder, command_line(), overwrite, not no_test, cluster)
@@ -384,7 +393,10 @@ def probe(
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="A CSV file.  [default: stdout]")
 @overwrite_option
 def interchange(folders: tuple[Path, ...], out: Path | None, overwrite: bool) -> None:
-    """Write test figures of runs and probes with the columns of torchgeo-bench's result files."""
+    """Write test figures of runs and probes with the columns of torchgeo-bench's result files.
+
+    Of a folder that holds several runs those that are best on val.
+    """
     from satdifuser.evaluate.interchange import interchange_rows
     from satdifuser.store.files import write_durably
 
@@ -392,9 +404,8 @@ def interchange(folders: tuple[Path, ...], out: Path | None, overwrite: bool) ->
     if out is None:
         click.echo(text, nl=False)
         return
-    if out.exists() and not overwrite:
-        raise SettingsError(f"-o: {out} is there; choose another name, or replace it with --overwrite")
-    _check_output(out.parent, "-o")
+    check_absent(out, overwrite)
+    check_output(out.parent, "-o")
     write_durably(out, text.encode())
     click.echo(out)
 
@@ -527,7 +538,7 @@ def predict(
     from satdifuser.evaluate.maps.predict import Request, parse_window
     from satdifuser.stages import SceneRequest, run_prediction
 
-    _check_output(out.parent, "-o")
+    check_output(out.parent, "-o")
     part = parse_window(window) if window else None
     request = Request(out, MapOptions(confidence, probabilities), part, aoi, tiles, overwrite)
     how = SceneRequest(overlap, resample, keep, overrides)
@@ -536,7 +547,14 @@ def predict(
 
 @cli.command()
 @click.argument("folders", metavar="RUN|PROBE…", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="The page; replaced if it is there.",
+)
 @click.option("--split", type=click.Choice(["test", "val"]), default="test", show_default=True)
 @click.option(
     "--store", "stores", multiple=True, type=StorePlace(), help="Where a moved store is; repeatable."
@@ -554,7 +572,7 @@ def report(
     from satdifuser.evaluate.report.page import write_report
     from satdifuser.stages import command_line
 
-    _check_output(out.parent, "-o")
+    check_output(out.parent, "-o")
     ensure_reported(folders, split, stores)
     patterns = layers.split(",") if layers else []
     click.echo(write_report(folders, out, command_line(), stores, patterns))
@@ -562,7 +580,14 @@ def report(
 
 @cli.command()
 @click.argument("places", metavar="STORE|MAP|SCENE…", nargs=-1, required=True, type=StorePlace())
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("view.html"), show_default=True)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("view.html"),
+    show_default=True,
+    help="The page; replaced if it is there.",
+)
 @click.option(
     "--run", "run_folder", type=click.Path(path_type=Path), help="Also what this run predicts of stores."
 )
@@ -592,7 +617,7 @@ def view(
     from satdifuser.fuse.run_folder import open_run
     from satdifuser.stages import command_line
 
-    _check_output(out.parent, "-o")
+    check_output(out.parent, "-o")
     choice = Choice(timestep, layers.split(",") if layers else [])
     request = ViewRequest(choice, parse_bands(bands) if bands else None, size, command_line())
     predictor = Predictor(open_run(run_folder)) if run_folder else None

@@ -102,7 +102,8 @@ def explain_settings(
     found: dict[str, dict[str, list[str]]] = {}
     for item in error.errors():
         path = [str(key) for key in _user_path(item["loc"], raw)]
-        settings = found.setdefault(origin(path), {})
+        named = [*path, "kind"] if item["type"] == "union_tag_invalid" else path
+        settings = found.setdefault(origin(named), {})
         settings.setdefault(f"{'.'.join(path)}{_shown(item)}", []).append(_rule(item, known))
     return "\n".join(_block(origin, settings) for origin, settings in found.items())
 
@@ -140,5 +141,10 @@ def _rule(item: Any, known: Callable[[], set[str]]) -> str:
     if item["type"] == "union_tag_invalid":
         kind, kinds = repr(item["ctx"]["tag"]), item["ctx"]["expected_tags"]
         return f"expected one of {kinds}{suggest(kind, kinds.split(', '))}"
+    if item["type"] == "list_type":
+        return "expected a list in brackets, such as [1, 2, 3]"
+    if item["type"] in ("too_short", "too_long") and isinstance(item["input"], list):
+        bound = item["ctx"].get("min_length", item["ctx"].get("max_length"))
+        return f"expected {'at least' if item['type'] == 'too_short' else 'at most'} {bound} items"
     message: str = item["msg"]
     return message.removeprefix("Value error, ").replace("Input should be", "expected")

@@ -58,15 +58,14 @@ def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bo
     """
     from satdifuser.evaluate.baselines import fit_baselines
     from satdifuser.evaluate.evaluation import ensure_measured_on_val, new_outcome
-    from satdifuser.fuse.fit import check_task, fit_candidates
+    from satdifuser.fuse.fit import check_candidates, check_task, fit_candidates
     from satdifuser.fuse.grid import expand
     from satdifuser.fuse.leaderboard import BOARD_FILE
-    from satdifuser.fuse.log import check_log
     from satdifuser.fuse.processes import is_first
 
     check_task(store, pipeline.fit)
-    check_log(pipeline.fit.log)
     candidates, runs = expand(pipeline.fit, store), []
+    check_candidates(store, candidates)
     if pipeline.evaluate.baselines and is_first():
         runs += fit_baselines(store, pipeline.evaluate, folder, overwrite, pipeline.fit.partition)
     board = folder / BOARD_FILE

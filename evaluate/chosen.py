@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from satdifuser.errors import RunError, suggest
 from satdifuser.evaluate.baselines import evaluate_baseline
 from satdifuser.evaluate.evaluation import evaluate_run, is_evaluated
 from satdifuser.evaluate.results import group_seeds, mean, open_measured
@@ -17,9 +18,16 @@ from satdifuser.store.reader import open_store
 
 
 def split_store(places: Sequence[Location]) -> tuple[list[Path], Location | None]:
-    """Runs, and the store behind the last of them if the last place is none or holds none."""
+    """Runs, and the store behind the last of them if the last place is none or holds none.
+
+    Raises:
+        RunError: the last place is not there.
+    """
     last = places[-1]
     is_run = isinstance(last, Path) and (holds_runs(last) or bool(seeds_behind(last)))
+    if isinstance(last, Path) and not is_run and not last.exists():
+        near = suggest(last.name, [path.name for path in last.parent.glob("*")])
+        raise RunError(f"{last}: no such run or store{near}")
     runs = list(places if is_run or len(places) == 1 else places[:-1])
     return [Path(place) for place in runs], None if len(runs) == len(places) else last
 

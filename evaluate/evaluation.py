@@ -263,10 +263,10 @@ def check_features(run: Run, store: FeatureStore) -> None:
     theirs = {"feature": info["store"]["hashes"]["feature"]}
     theirs |= {name: info[name] for name in ("timesteps", "classes", "task")} | {"layers": names}
     if ours != theirs:
-        fields = [line.replace("store has", "run expects") for line in differing_fields(ours, theirs)]
+        fields = differing_fields(ours, theirs, "run expects", "store has")
         raise RunError(
             f"{store.path}: does not hold the features that {run.path} was fitted on:\n  "
-            + "\n  ".join(line.replace("asked for", "store has") for line in fields)
+            + "\n  ".join(fields)
         )
 
 

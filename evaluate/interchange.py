@@ -15,11 +15,12 @@ from typing import Any
 import pandas as pd
 
 from satdifuser.errors import RunError, SatDiFuserError
+from satdifuser.evaluate.chosen import choose_runs
 from satdifuser.evaluate.probe_folder import PROBE_FILE, open_probe
 from satdifuser.evaluate.published import METRICS
 from satdifuser.evaluate.results import reported_split
 from satdifuser.fuse.data import DRAW_SEED, labelled
-from satdifuser.fuse.run_folder import Run, find_runs, open_run, read_settings
+from satdifuser.fuse.run_folder import Run, open_run, read_settings
 from satdifuser.store.few_labels import ALL_LABELS, Budget, draw_labelled, parse_budgets
 from satdifuser.store.reader import FeatureStore, open_store
 
@@ -39,7 +40,7 @@ def dataset_name(source: Mapping[str, Any]) -> str:
 
 
 def interchange_rows(folders: Sequence[Path]) -> pd.DataFrame:
-    """Rows of probes and runs, in torchgeo-bench's columns.
+    """Rows of probes and runs, in torchgeo-bench's columns; of a folder of runs those that are best on val.
 
     Args:
         folders: Run and probe folders, and folders that hold runs.
@@ -52,7 +53,7 @@ def interchange_rows(folders: Sequence[Path]) -> pd.DataFrame:
         if (folder / PROBE_FILE).is_file():
             rows += probe_rows(folder)
         else:
-            rows += [run_row(open_run(path)) for path in find_runs([folder])]
+            rows += [run_row(open_run(path)) for path in choose_runs([folder])]
     return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(("n_train", "n_val", "n_test"), "Int64"))
 
 

@@ -75,11 +75,11 @@ class Journal:
             ) from error
 
     def _check(self, folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-        fields = differing_fields(json.loads(json.dumps(ours)), theirs)
+        fields = differing_fields(json.loads(json.dumps(ours)), theirs, "it has")
         if fields:
             raise RunError(
                 f"{folder}: holds a probe with other settings or of another store:\n  "
-                + "\n  ".join(field.replace("store has", "it has") for field in fields)
+                + "\n  ".join(fields)
                 + "\nwrite to another folder, or replace it with --overwrite"
             )
 

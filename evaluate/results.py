@@ -232,7 +232,7 @@ def format_cells(table: pd.DataFrame) -> list[dict[str, str]]:
             f"val {row['metric']}": score(row["val"]),
             f"{row['split']} {row['metric']}": score(row["reported"]) + spread,
             f"{percent(row['level'])} interval": span(row["low"], row["high"]),
-            "seeds": ", ".join("–" if seed is None else str(seed) for seed in row["seeds"]),
+            "seeds": ", ".join("–" if seed is None else str(seed) for seed in dict.fromkeys(row["seeds"])),
             "parameters": f"{row['parameters']:,}",
             "seconds": f"{row['seconds']:.1f}",
             "device seconds": amount(row["device_seconds"]),

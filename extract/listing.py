@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 
 from satdifuser.errors import ImageError
-from satdifuser.extract.backbone import find_backbone
 from satdifuser.extract.images import raw_means, to_rgb
-from satdifuser.extract.job import tile_size
-from satdifuser.extract.layers import select_layers
 from satdifuser.extract.settings import (
     BackboneSettings,
     ExtractSettings,
@@ -114,6 +111,11 @@ def describe_layers(
     source: SourceSettings, backbone: BackboneSettings, extract: ExtractSettings, show_all: bool
 ) -> list[LayerInfo]:
     """The layer table for a source's tiles: what the patterns select, or all that can be tapped."""
+    # diffusers takes seconds to import, and `satdifuser tiles` needs none of it
+    from satdifuser.extract.backbone import find_backbone
+    from satdifuser.extract.job import tile_size
+    from satdifuser.extract.layers import select_layers
+
     info = find_backbone(backbone)
     size = tile_size(list_tiles(open_source(source)))
     table = info.layers(info.image_size(extract.image_size, size))

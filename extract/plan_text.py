@@ -78,8 +78,9 @@ def _tiles(plan: Plan) -> Iterator[str]:
     size, seen = (f"{height} x {width} px" for height, width in (tile_size(plan.records), plan.image_size))
     yield f"tiles       {len(plan.records)} of {size}, {plan.source.left_out} left out; seen at {seen}"
     if plan.begun:
-        shards = f"{len(plan.begun.missing_shards())} of {plan.begun.attributes.shards} shards"
-        yield f"store       {plan.out} is begun: {shards} are missing ({len(plan.left)} tiles)"
+        missing, shards = len(plan.begun.missing_shards()), plan.begun.attributes.shards
+        state = f"begun: {missing} of {shards} shards are missing ({len(plan.left)} tiles)"
+        yield f"store       {plan.out} is {state if missing else 'complete'}"
     elif plan.other:
         yield f"store       {plan.out} was made with other settings: extract will refuse to go on with it"
 

@@ -20,8 +20,9 @@ from satdifuser.errors import DeviceError, RunError, SettingsError
 from satdifuser.fuse.data import TrainingData
 from satdifuser.fuse.grid import Candidate, sweep_section
 from satdifuser.fuse.inputs import choose_inputs, join_inputs
-from satdifuser.fuse.leaderboard import describe_first, standings, write_board
+from satdifuser.fuse.leaderboard import describe_first, finished_before, standings, write_board
 from satdifuser.fuse.log import Log, check_log, open_logs, values_of
+from satdifuser.fuse.network import choose_head
 from satdifuser.fuse.processes import is_first
 from satdifuser.fuse.run_folder import (
     CHECKPOINT_FILE,
@@ -33,7 +34,7 @@ from satdifuser.fuse.run_folder import (
     save_run,
 )
 from satdifuser.fuse.settings import WHEREABOUTS, FitSettings, FusionName, TrainingSettings
-from satdifuser.fuse.train import NewScorer, Training, run_epoch
+from satdifuser.fuse.train import NewScorer, Training, check_precision, run_epoch
 from satdifuser.store.device import choose_device, device_name
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import differing_fields
@@ -86,7 +87,8 @@ def fit_candidates(
         folder: Holds their folders.
         new_scorer: Measures the predictions of a split.
         overwrite: Train anew whatever is there.
-        board: A CSV file that shows after every epoch how all stand on val.
+        board: A CSV file that shows after every epoch how these stand on val, and the networks that earlier
+            commands fitted to the same store in the same folder.
 
     Returns:
         Their runs, in the same order.
@@ -94,13 +96,15 @@ def fit_candidates(
     Raises:
         DeviceError: the device has no memory for a step; finished epochs are kept.
     """
-    check_task(store, candidates[0].settings)
-    check_log(candidates[0].settings.log)
+    check_candidates(store, candidates)
     done: dict[str, Run] = {}
     for one in candidates:
         found = None if overwrite else _finished(folder / one.name, run_identity(store, one))
         done |= {one.name: found} if found else {}
     left = [one for one in candidates if one.name not in done]
+    earlier = finished_before(folder, store, candidates) if board else []
+    shown = [*candidates, *(one for one, _ in earlier)]
+    done |= {one.name: run for one, run in earlier}
     with (
         _telling_what_takes_less_memory(candidates[0].settings),
         tqdm(total=_epochs(left), desc="fit", unit="epoch", disable=None if is_first() else True) as bar,
@@ -108,14 +112,14 @@ def fit_candidates(
         for trainings in _rounds(store, left, folder, overwrite):
             bar.update(sum(training.epoch for training in trainings))
             for advanced in _train(store, trainings, folder, new_scorer):
-                rows = standings(candidates, done, trainings)
+                rows = standings(shown, done, trainings)
                 bar.set_postfix_str(describe_first(rows))
                 bar.update(advanced)
                 if board and is_first():
                     write_board(board, rows)
             done |= {one.candidate.name: _finish(folder, one) for one in trainings}
     if board and is_first():
-        write_board(board, standings(candidates, done, []))
+        write_board(board, standings(shown, done, []))
     return [done[one.name] for one in candidates]
 
 
@@ -230,6 +234,22 @@ def check_task(store: FeatureStore, settings: TrainingSettings) -> None:
         raise SettingsError(f"fit.task: got {settings.task}, but {store.path} holds targets for {task}")
 
 
+def check_candidates(store: FeatureStore, candidates: Sequence[Candidate]) -> None:
+    """Refuse, before any work is done, candidates that do not fit the store or this machine.
+
+    Raises:
+        SettingsError: targets, head, device, dtype or log are not to be had.
+    """
+    check_task(store, candidates[0].settings)
+    check_log(candidates[0].settings.log)
+    task = store.attributes.task
+    assert task
+    for settings in (one.settings for one in candidates):
+        choose_head(task, settings)
+        device = choose_device(settings.device, "fit.device")
+        check_precision(device, settings)
+
+
 def run_identity(store: FeatureStore, candidate: Candidate) -> dict[str, Any]:
     """What a run must share with another to be the same one."""
     inputs = choose_inputs(store, candidate.settings)
@@ -257,7 +277,7 @@ def _unfinished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 def _check_same(out: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     if ours != theirs:
-        fields = [line.replace("store has", "run has") for line in differing_fields(ours, theirs)]
+        fields = differing_fields(ours, theirs, "run has")
         raise RunError(
             f"{out}: holds a run of other settings:\n  " + "\n  ".join(fields) + "\n"
             "write to another folder, or replace it with --overwrite"

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from satdifuser.errors import RunError
 from satdifuser.fuse.grid import Candidate
-from satdifuser.fuse.run_folder import Run
+from satdifuser.fuse.run_folder import RUN_FILE, Run, open_run
+from satdifuser.fuse.run_network import settings_of
 from satdifuser.fuse.train import MAIN_METRIC, Training
 from satdifuser.store.files import write_durably
+from satdifuser.store.reader import FeatureStore
 
 Row = dict[str, Any]
 BOARD_FILE = "leaderboard.csv"
@@ -40,6 +43,32 @@ def standings(
         if one.name in progress
     ]
     return sorted(rows, key=lambda row: -row["val"])
+
+
+def finished_before(
+    folder: Path, store: FeatureStore, candidates: Sequence[Candidate]
+) -> list[tuple[Candidate, Run]]:
+    """Networks in a folder that were fitted to the same store by earlier commands.
+
+    Args:
+        folder: Holds the runs' folders.
+        store: The store.
+        candidates: Those of this command, which are left out.
+    """
+    names, hashes = {one.name for one in candidates}, store.hashes().model_dump()
+    found = []
+    for file in sorted(folder.glob(f"*/{RUN_FILE}")):
+        if file.parent.name in names:
+            continue
+        try:
+            run = open_run(file.parent)
+        except RunError:  # damaged, which is no matter of this sweep
+            continue
+        if run.info["kind"] == "fusion" and run.info["store"]["hashes"] == hashes and run.info.get("history"):
+            found.append(
+                (Candidate(file.parent.name, run.info["fusion"], run.info["seed"], settings_of(run)), run)
+            )
+    return found
 
 
 def standing(candidate: Candidate, progress: Mapping[str, Any], done: bool, metric: str) -> Row:

@@ -76,15 +76,13 @@ class Predictor:
         Raises:
             RunError: naming what differs.
         """
-        fields = differing_fields(_shaping(identity), _shaping(self.identity))
+        fields = differing_fields(
+            _shaping(identity), _shaping(self.identity), "the run expects", "here it is"
+        )
         if fields:
-            listing = [
-                line.replace("store has", "the run expects").replace("asked for", "here it is")
-                for line in fields
-            ]
             raise RunError(
                 f"{where}: its features are not made as those that {self.run.path} was fitted on:\n  "
-                + "\n  ".join(listing)
+                + "\n  ".join(fields)
             )
 
     @torch.no_grad()

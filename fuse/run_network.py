@@ -108,11 +108,15 @@ def run_inputs(run: Run, store: FeatureStore) -> Inputs:
     return named_inputs(store, run.info["timesteps"], [layer["name"] for layer in run.info["layers"]])
 
 
+def settings_of(run: Run) -> FitSettings:
+    """The settings that a network was fitted with."""
+    return FitSettings.model_validate({k: v for k, v in run.info["fit"].items() if k not in OF_A_SWEEP})
+
+
 def load_network(run: Run) -> tuple[Network, Statistics | None, FitSettings]:
     """Rebuild a run's network with its weights, in evaluation mode; no store is needed."""
     info = run.info
-    settings = FitSettings.model_validate({k: v for k, v in info["fit"].items() if k not in OF_A_SWEEP})
-    settings = settings.model_copy(update={"head": info["head"]})  # what auto was when it was fitted
+    settings = settings_of(run).model_copy(update={"head": info["head"]})  # what auto was when it was fitted
     variant = Variant(**info.get("variant", {}))  # of a run that was imported
     channels = whole_inputs(info["timesteps"], run.layers).channels
     steps, classes = len(info["timesteps"]), len(info["classes"])

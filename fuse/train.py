@@ -78,8 +78,7 @@ class Training:
         self._check_batches()
         self.parallel = parallel(self.network)
         self.optimizer = torch.optim.Adam(parameter_groups(self.network, settings), lr=settings.lr)
-        self.precision: torch.dtype = getattr(torch, settings.precision)
-        check_dtype(self.device, self.precision, "fit.precision", "use float16 or float32")
+        self.precision = check_precision(self.device, settings)
         # float16 alone needs its small gradients scaled up
         self.scaler = torch.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self.epoch, self.best_epoch, self.best_value = 0, 0, -math.inf
@@ -202,6 +201,17 @@ class Training:
             "history": self.history,
             "best_epoch": self.best_epoch,
         } | {name: sum_if_all_tell([row.get(name) for row in self.history]) for name in COST}
+
+
+def check_precision(device: torch.device, settings: FitSettings) -> torch.dtype:
+    """The dtype of the training's forward.
+
+    Raises:
+        SettingsError: the device does not compute it.
+    """
+    precision: torch.dtype = getattr(torch, settings.precision)
+    check_dtype(device, precision, "fit.precision", "use float16 or float32")
+    return precision
 
 
 def run_epoch(trainings: Sequence[Training], new_scorer: NewScorer) -> None:

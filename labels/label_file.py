@@ -120,7 +120,7 @@ class VectorLabels:
             found = f"{len(self.classes)} classes in column {self._settings.column!r}"
             raise LabelError(
                 f"{self.path}: {found}, expected 1 to {MAX_CLASSES}; name the column that holds the class in "
-                "the setting `column`"
+                "label.column, or source.vectors.column of scenes"
             )
         unknown = count_unknown(names, self.classes)
         if unknown and self._settings.unknown == "refuse":
@@ -191,7 +191,8 @@ class RasterLabels:
         if class_list is None and known is None:
             raise SettingsError(
                 f"{path}: a label raster needs a class list; name a JSON file with "
-                '{"classes": [{"id": 0, "name": "..."}, ...]} for its values in the setting `classes`'
+                '{"classes": [{"id": 0, "name": "..."}, ...]} for its values in label.classes, or '
+                "source.classes of scenes"
             )
         self.path = path
         self._list = class_list or ClassList(

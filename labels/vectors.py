@@ -111,7 +111,8 @@ def _choose_layer(path: Path, layer: str | None) -> str:
         what = "holds several layers" if layer is None else f"holds no layer {layer!r}"
         hint = suggest(layer, layers) if layer else ""
         raise SettingsError(
-            f"{path}: {what} ({', '.join(layers)}); name one of them in the setting `layer`{hint}"
+            f"{path}: {what} ({', '.join(layers)}); name one of them in label.layer, or "
+            f"source.vectors.layer of scenes{hint}"
         )
     return layer
 
@@ -120,7 +121,7 @@ def _check_column(path: Path, column: str | None, held: Sequence[str]) -> None:
     if column is not None and column not in held:
         raise SettingsError(
             f"{path}: has no column {column!r}; it has {', '.join(held) or 'none'}{suggest(column, held)}; "
-            "name the one that holds the class in the setting `column`"
+            "name the one that holds the class in label.column, or source.vectors.column of scenes"
         )
 
 
@@ -219,7 +220,7 @@ def _name(shapes: Shapes, column: str, value: Any, names: dict[int, str]) -> str
 def _no_classes(shapes: Shapes, column: str, value: Any) -> LabelError:
     return LabelError(
         f"{shapes.path}: column {column!r} holds {value!r}, expected names or whole numbers of classes; name "
-        "the column that holds the class in the setting `column`"
+        "the column that holds the class in label.column, or source.vectors.column of scenes"
     )
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from satdifuser.errors import ClusterError
@@ -26,19 +27,19 @@ class Cluster:
     scheduler: str = ""
     threads: int = 2  # of each process: one writes while the other computes
 
+    def __post_init__(self) -> None:
+        if find_spec("distributed") is None:
+            raise ClusterError("several workers need Dask: install it with `pip install 'satdifuser[dask]'`")
+
     @contextmanager
     def connect(self, patience: float = CONNECT_SECONDS) -> Iterator[Any]:
         """A client of the cluster.
 
         Raises:
-            ClusterError: Dask is not installed, or the scheduler cannot be reached.
+            ClusterError: the scheduler cannot be reached.
         """
-        try:
-            from distributed import Client, LocalCluster
-        except ImportError as error:
-            raise ClusterError(
-                "several workers need Dask: install it with `pip install 'satdifuser[dask]'`"
-            ) from error
+        from distributed import Client, LocalCluster
+
         if not self.scheduler:
             with (
                 LocalCluster(

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from satdifuser.errors import SettingsError, StoreError
-from satdifuser.store.location import Location, is_remote, is_tiff, location
+from satdifuser.store.location import (
+    Location,
+    check_absent,
+    check_output,
+    is_remote,
+    is_tiff,
+    location,
+)
 from satdifuser.store.settings import Encoding, StoreSettings
 
 if TYPE_CHECKING:
@@ -154,6 +161,7 @@ def copy(
         upload(opened, out, overwrite)
         click.echo(open_store(out))
         return
+    check_output(out.parent, "-o")
     steps = None if timesteps is None else whole_numbers("--timesteps", timesteps)
     settings = StoreSettings(encoding=encoding or opened.attributes.encoding)
     chosen = [] if splits is None else splits.split(",")
@@ -176,11 +184,16 @@ def whole_numbers(option: str, text: str) -> list[int]:
     "--layers", default="*", show_default=True, help="Only layers that match one of these; for a .tif one."
 )
 @click.option("--splits", help="Only tiles of these splits, e.g. train,val; for a .parquet.")
-def export(store: Location, out: Path, timesteps: str | None, layers: str, splits: str | None) -> None:
+@overwrite_option
+def export(
+    store: Location, out: Path, timesteps: str | None, layers: str, splits: str | None, overwrite: bool
+) -> None:
     """Write pooled features as GeoParquet, a row per tile, or one layer as a GeoTIFF."""
     from satdifuser.store.export import export_layer, export_pooled
     from satdifuser.store.reader import open_store
 
+    check_absent(out, overwrite)
+    check_output(out.parent, "-o")
     opened = open_store(store)
     held = opened.attributes.timesteps
     steps = held if timesteps is None else whole_numbers("--timesteps", timesteps)
@@ -208,4 +221,5 @@ def merge(first: Location, second: Location, out: Path, overwrite: bool) -> None
     from satdifuser.store.copy import merge_stores
     from satdifuser.store.reader import open_store
 
+    check_output(out.parent, "-o")
     click.echo(merge_stores(open_store(first), open_store(second), out, overwrite))

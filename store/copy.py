@@ -208,7 +208,7 @@ def _check_alike(first: FeatureStore, second: FeatureStore) -> None:
     ours, theirs = (
         {name: getattr(s.attributes, name) for name in ALIKE} | {"held": _held(s)} for s in (second, first)
     )
-    differences = differing_fields(ours, theirs)
+    differences = differing_fields(ours, theirs, f"{first.path} has", f"{second.path} has")
     if differences:
         listing = "\n  ".join(differences)
         raise StoreError(

@@ -31,7 +31,8 @@ def choose_device(device: str, setting: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        problem = f"{setting}: {device!r} is not available here: {error}; use auto or cpu"
+        reason = "no such device" if "Expected one of" in str(error) else error
+        problem = f"{setting}: {device!r} is not available here: {reason}; use auto, cpu, or cuda with a GPU"
         raise SettingsError(problem) from error
     return chosen
 

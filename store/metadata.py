@@ -124,6 +124,11 @@ def _read_root(path: Path) -> tuple[str, dict[str, Any]]:
     """The text of the root's zarr.json, and its attributes with ours among them."""
     if not path.exists():
         raise StoreError(f"{path}: no such store")
+    if path.is_file():
+        raise StoreError(
+            f"{path}: is a file and no feature store; expected the folder of one or a .zip, or, where scenes "
+            "are taken, a GeoTIFF whose name ends in .tif or .tiff"
+        )
     try:
         _check_size(path / ROOT)
         text = (path / ROOT).read_bytes().decode()

@@ -191,7 +191,9 @@ class FeatureStore(ShardedStore):
         """
         self.require_complete()
         if split is not None and split not in SPLITS:
-            raise SettingsError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
+            raise SettingsError(
+                f"split {split!r}: expected one of {', '.join(SPLITS)}{suggest(split, SPLITS)}"
+            )
         chosen = self.tiles.skip_reason == ""
         if split is not None:
             chosen &= self.splits(partition) == split
@@ -300,7 +302,10 @@ class FeatureStore(ShardedStore):
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             matching = {p for p, name in enumerate(names) if fnmatchcase(name, pattern)}
             if not matching:
-                raise SettingsError(f"layer {pattern!r} is not in {self.path}{suggest(pattern, names)}")
+                raise SettingsError(
+                    f"layer {pattern!r} is not in {self.path}{suggest(pattern, names)}; it holds "
+                    f"{len(names)}, such as {names[0]}: `satdifuser store info {self.path}` lists them"
+                )
             chosen |= matching
         return [(*where[p], names[p]) for p in sorted(chosen)]
 

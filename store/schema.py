@@ -168,11 +168,20 @@ def labels_hash(
     return canonical_hash([classes, target_digests, partitions])
 
 
-def differing_fields(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Name every leaf in which two nested mappings differ, as ``a.b: theirs, now ours``."""
+def differing_fields(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], has: str = "store has", asked: str = "asked for"
+) -> list[str]:
+    """Name every leaf in which two nested mappings differ, as ``a.b: store has 1, asked for 2``.
+
+    Args:
+        ours: The one mapping …
+        theirs: … and the other.
+        has: What stands before a value of theirs …
+        asked: … and before one of ours.
+    """
     mine, other = _flatten(ours), _flatten(theirs)
     return [
-        f"{key}: store has {other.get(key, 'nothing')!r}, asked for {mine.get(key, 'nothing')!r}"
+        f"{key}: {has} {other.get(key, 'nothing')!r}, {asked} {mine.get(key, 'nothing')!r}"
         for key in sorted(mine.keys() | other.keys())
         if mine.get(key) != other.get(key)
     ]

@@ -7,6 +7,8 @@ from typing import Any
 from satdifuser.store.energy import cost_text, total_cost
 from satdifuser.store.reader import FeatureStore
 
+NOT_YET = "none: shards are missing"
+
 
 def describe_store(store: FeatureStore) -> dict[str, Any]:
     """Everything `satdifuser store info` tells, as plain JSON values.
@@ -57,14 +59,15 @@ def format_store(store: FeatureStore) -> str:
         for layer in store.attributes.layers
     ]
     lines += ["", f"created    {facts['created']} by satdifuser {facts['software'].get('satdifuser')}"]
-    lines += [f"{name:10} {value}" for name, value in facts["hashes"].items()]
+    hashes = facts["hashes"] | ({} if facts["complete"] else {"labels": NOT_YET})
+    lines += [f"{name:10} {value}" for name, value in hashes.items()]
     if len(store.partitions()) > 1:
         lines += [
             f"partition  {name}{' (in use)' * (name == facts['partition'])}: {store.splits_text(name)}"
             for name in store.partitions()
         ]
     lines += [f"cost       {cost_text(facts['cost'])}"]
-    lines += [f"digest     {facts['content_digest'] or 'none: shards are missing'}"]
+    lines += [f"digest     {facts['content_digest'] or NOT_YET}"]
     lines += [
         f"metadata   {count} tiles without {name}"
         for name, count in store.attributes.backbone.get("metadata_missing", {}).items()

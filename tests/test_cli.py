@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from command_line import call, succeed
+from command_line import call, refuse, succeed
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from made_up_labelled import labelled_store
 from PIL import Image
 from safetensors.torch import save_file
 
+import satdifuser.cli as cli_module
 from satdifuser.fuse.train import NewScorer, Training, run_epoch
 from satdifuser.store.reader import open_store
 from satdifuser.store.writer import StoreWriter
@@ -486,3 +488,35 @@ def test_after_extraction_diffusers_is_not_needed(config: Path, store: Path, tmp
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page.html").is_file()
+
+
+def test_an_interruption_that_a_library_turns_into_an_error_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As libraries may that are imported just then."""
+
+    def load(*_: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("Failed to import diffusers") from None
+
+    monkeypatch.setattr(cli_module, "_load", load)
+    result = call("tiles")
+    assert (result.exit_code, result.stderr[:18]) == (130, "error: interrupted")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_fit_refuses_what_it_cannot_have_before_the_baselines(tmp_path: Path) -> None:
+    labelled_store(tmp_path / "s.zarr", "classification")
+    for setting, message in (
+        ("fit.head=upernet", "head is upernet, but classification needs"),
+        ("fit.device=gpu", "fit.device: 'gpu' is not available here: no such device"),
+    ):
+        assert message in refuse("fit", tmp_path / "s.zarr", "-o", tmp_path / "runs", "--set", setting)
+        assert not (tmp_path / "runs").exists()
+
+
+def test_tiles_need_no_diffusers(tmp_path: Path) -> None:
+    """Which takes seconds to import."""
+    words = [["tiles", "--set", "source.kind=synthetic", "--set", "source.tiles=20"]]
+    command = [sys.executable, "-c", WITHOUT_DIFFUSERS, json.dumps(words)]
+    subprocess.run(command, check=True, env=ENVIRONMENT, cwd=tmp_path, capture_output=True)

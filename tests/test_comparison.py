@@ -251,6 +251,8 @@ def test_the_last_place_may_be_a_store(runs: Path, store: FeatureStore) -> None:
     assert split_store([run, runs / "global"]) == ([run, runs / "global"], None)  # all its seeds
     assert split_store([run, Path(store.path)]) == ([run], store.path)
     assert split_store([run, "s3://bucket/s.zarr"]) == ([run], "s3://bucket/s.zarr")
+    with pytest.raises(RunError, match=r"moe-sed0: no such run or store; did you mean moe-seed0"):
+        split_store([runs / "global", runs / "moe-sed0"])
 
 
 def test_compare_and_report_by_the_command_line(runs: Path, tmp_path: Path) -> None:
@@ -264,8 +266,8 @@ def test_compare_and_report_by_the_command_line(runs: Path, tmp_path: Path) -> N
     )
     assert "McNemar" in succeed(*words)
     assert json.loads(succeed(*words, "--json"))["tiles"] == 10
-    assert "no such run folder" in refuse(
-        "evaluate", "--compare", runs / "global-seed0", runs / "mo-seed0", runs / "x"
+    assert "mo-seed0: no such run" in refuse(
+        "evaluate", "--compare", runs / "global-seed0", runs / "mo-seed0"
     )
     succeed("report", runs, "-o", tmp_path / "page.html")
     assert "test" in (tmp_path / "page.html").read_text()

@@ -84,6 +84,17 @@ def test_rows_go_to_a_file_that_is_not_replaced_by_itself(folder: Path, tmp_path
     succeed(*words, "--overwrite")
 
 
+def test_of_a_folder_of_runs_those_that_are_best_on_val_have_rows(folder: Path, tmp_path: Path) -> None:
+    few = ["--set", "fit.fusion=[global]", "--set", "fit.epochs=1", "--set", "evaluate.bootstrap=10"]
+    few += ["--set", "evaluate.baselines=false", "--set", "fit.lr=[0.001,0.1]"]
+    succeed("fit", folder / "s.zarr", "-o", tmp_path / "runs", *few)
+    succeed("evaluate", tmp_path / "runs", "--set", "evaluate.bootstrap=10")
+    rows = rows_of(tmp_path / "runs")
+    runs = [open_run(path) for path in (tmp_path / "runs").glob("global*")]
+    best = max(runs, key=lambda run: run.metrics["val"]["accuracy"])
+    assert [name.rsplit(", ")[-1] for name in rows["name"]] == [best.info["name"]]
+
+
 def test_what_was_not_measured_on_test_is_refused(folder: Path, tmp_path: Path) -> None:
     store = satdifuser.open_store(folder / "s.zarr")
     satdifuser.probe(store, tmp_path / "p", test=False, probes=["ridge"], inputs=["all"])

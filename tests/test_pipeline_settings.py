@@ -142,6 +142,11 @@ def test_a_wrong_override_is_named_not_the_file(tmp_path: Path) -> None:
         ("source.split=5", "source.split = 5: expected a valid dictionary or instance of SplitShares"),
         ("source.kind=foldr", "source.kind = 'foldr': expected one of 'folder', 'geobench', 'pairs'"),
         ("source.kind=folder", "source.root: is missing, and has no default"),
+        (
+            "extract.timesteps=61",
+            "extract.timesteps = 61: expected a list in brackets, such as [1, 2, 3] or ",
+        ),
+        ("source={kind: folder, root: a, bands: [3, 2]}", "source.bands = [3, 2]: expected at least 3 items"),
     ],
 )
 def test_a_wrong_setting_is_shown_alone(override: str, message: str) -> None:
@@ -294,3 +299,11 @@ def test_no_such_preset() -> None:
     )
     with pytest.raises(SettingsError, match=message):
         load_pipeline(Path("geobench/m-eurosta"))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_wrong_kind_is_told_of_the_override_that_names_it(order: int) -> None:
+    overrides = ("source.kind=foldr", "source.root=tiles")[::order]
+    assert refusal(*overrides).startswith(
+        "--set source.kind=foldr: 1 setting is wrong\n  source.kind = 'foldr'"
+    )

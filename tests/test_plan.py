@@ -221,6 +221,7 @@ def test_a_begun_store_is_planned_to_its_end(config: Path, store: Path, tmp_path
     assert told["unet_passes"] == {"per_tile": 2, "to_do": 10}
     text = call("plan", "-c", config, "-o", begun).stdout
     assert f"store       {begun} is begun: 2 of 4 shards are missing (5 tiles)\n" in text
+    assert f"store       {store} is complete\n" in call("plan", "-c", config, "-o", store).stdout
     assert "(3 tiles in " in text  # of shards 1 and 3, after a first batch
 
 

@@ -204,6 +204,16 @@ def test_error_missing_and_damaged_files(pairs: Path, name: str) -> None:
     assert "on_error" not in str(info.value)
 
 
+def test_paths_of_a_splits_file_are_seen_from_its_own_folder(pairs: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (pairs / "splits.csv").rename(elsewhere / "mine.csv")
+    with pytest.raises(
+        ImageError, match=r"mine\.csv, line 2, column 'image': .*correct its path, seen from the"
+    ):
+        list_tiles(open_pairs(pairs, splits=elsewhere / "mine.csv"))
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

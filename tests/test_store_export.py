@@ -82,6 +82,19 @@ def test_pooled_features_as_geoparquet(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["p.parquet", "p.tif"])
+def test_a_file_that_is_there_is_not_replaced_by_itself(tmp_path: Path, name: str) -> None:
+    store = make(tmp_path)
+    (tmp_path / name).write_text("precious")
+    words = ("--timesteps", "21", "--layers", "up.0.attn1")
+    refused = export(store, tmp_path / name, *words)
+    assert refused.exit_code == 2
+    assert "is there; choose another name, or replace it with --overwrite" in refused.stderr
+    assert (tmp_path / name).read_text() == "precious"
+    assert export(store, tmp_path / name, *words, "--overwrite").exit_code == 0
+    assert (tmp_path / name).read_bytes() != b"precious"
+
+
 def test_a_part_of_it(tmp_path: Path) -> None:
     store = make(tmp_path)
     words = ("--timesteps", "21", "--layers", "*.conv2", "--splits", "val")

@@ -281,6 +281,28 @@ def test_the_leaderboard_shows_val_alone_after_every_epoch(
     assert "test" not in board.read_text()
 
 
+def test_the_leaderboard_keeps_what_earlier_commands_fitted_to_the_same_store(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    def fit_some(where: FeatureStore, **lists: Any) -> list[str]:
+        candidates = expand(SweepSettings(**lists, **QUICK), where)
+        board = tmp_path / "leaderboard.csv"
+        fit_candidates(where, candidates, tmp_path, new_outcome, board=board)
+        with board.open() as file:
+            rows = list(csv.DictReader(file))
+        values = [float(row["val"]) for row in rows]
+        assert values == sorted(values, reverse=True)
+        return sorted(f"{row['run']} {row['lr']}" for row in rows)
+
+    first = ["global-lr0.01-seed0 0.01", "global-lr0.02-seed0 0.02"]
+    assert fit_some(store, fusion=["global"], lr=[0.01, 0.02]) == first
+    assert fit_some(store, fusion=["moe"], lr=[0.01]) == [*first, "moe-seed0 0.01"]
+    other = random_store(tmp_path / "other.zarr", LAYERS, 12)
+    (tmp_path / "global-lr0.02-seed0/run.json").write_text("{")
+    assert fit_some(other, fusion=["single"], timesteps=[21], layers=["*.attn1"])[0].startswith("single-")
+    assert fit_some(store, fusion=["moe"], lr=[0.01]) == [first[0], "moe-seed0 0.01"]
+
+
 def test_a_run_of_few_layers_is_measured_on_a_store_that_holds_more(
     store: FeatureStore, tmp_path: Path
 ) -> None:

@@ -75,6 +75,8 @@ class PairsSource:
 
     def records_of(self, pair: Pair) -> list[TileRecord]:
         """List the tiles of one pair; one that cannot be used but may be skipped stays in as one tile."""
+        if self.settings.on_error == "fail":  # first: paths may be seen from another folder than was meant
+            check_listed(pair.listed, image=str(pair.image), mask=str(pair.mask))
         image = TileRecord(
             tile_id=make_id(pair.image, self.settings.root).removeprefix("images/"),
             path=str(pair.image),
