@@ -88,6 +88,8 @@ class _Commands(click.Group):
                     raise _Failure(INTERRUPTED, 130) from error
                 if isinstance(error, SatDiFuserError):
                     raise _Failure(str(error), error.exit_code) from error
+                if isinstance(error, PermissionError):
+                    raise _Failure(f"{error}; change its permissions, or name another path", 1) from error
                 if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                     raise _Failure(str(error), 1) from error
                 raise  # click ends quietly when the reader of a pipe has gone
