@@ -208,11 +208,11 @@ def _check_alike(first: FeatureStore, second: FeatureStore) -> None:
     ours, theirs = (
         {name: getattr(s.attributes, name) for name in ALIKE} | {"held": _held(s)} for s in (second, first)
     )
-    differences = differing_fields(ours, theirs, f"{first.path} has", f"{second.path} has")
+    differences = differing_fields(ours, theirs, "the first has", "the second has")
     if differences:
         listing = "\n  ".join(differences)
         raise StoreError(
-            f"{second.path} cannot be joined with the store {first.path}, since they differ:\n  {listing}\n"
+            f"{first.path} and {second.path} cannot be joined, since they differ:\n  {listing}\n"
             "bring both to the same with `satdifuser store copy`, or extract one anew"
         )
 

@@ -214,7 +214,7 @@ def test_errors_of_files(tmp_path: Path) -> None:
     told = refusal(SettingsError, path)
     assert "b.gpkg: has no column 'class'; it has klass; did you mean klass?" in told
     write_vectors(path, [box(0, 0, 1, 1)], ["x"], layer="more", append=True)
-    assert "b.gpkg: holds several layers (b, more); name one of them in the setting `layer`" in refusal(
+    assert "b.gpkg: holds several layers (b, more); name one of them in label.layer, or" in refusal(
         SettingsError, path
     )
     assert "holds no layer 'mare' (b, more)" in refusal(SettingsError, path, layer="mare")

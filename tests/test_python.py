@@ -245,7 +245,7 @@ WRONG: list[tuple[Callable[[FeatureStore, Path], Any], type[SatDiFuserError], st
         SettingsError,
         r"extract\.steps: got 2000, expected at most 1000, the noise levels of the scheduler",
     ),
-    (lambda s, p: list(s.batches(split="tst")), SettingsError, "split: got 'tst', expected one of none, "),
+    (lambda s, p: list(s.batches(split="tst")), SettingsError, "split 'tst': expected one of none, "),
 ]
 
 

@@ -255,7 +255,9 @@ def test_batches_shuffle_by_seed_and_cover_each_tile_once(whole: FeatureStore) -
 
 
 def test_unknown_names_are_refused(whole: FeatureStore) -> None:
-    with pytest.raises(SettingsError, match="split: got 'trian', expected one of none, train, val, test"):
+    with pytest.raises(
+        SettingsError, match="split 'trian': expected one of none, train, val, test; did you mean train"
+    ):
         next(whole.batches("trian"))
     with pytest.raises(StoreError, match="no tile in split 'test'; the store holds 3 train, 1 val, 1 "):
         whole.select("test")
@@ -424,11 +426,12 @@ def test_what_is_no_store_is_refused(tmp_path: Path, copy: Path) -> None:
     zarr.create_group(plain)
     for path, text in [
         (tmp_path, r"\(no zarr.json\); if it was one, copy it anew"),
-        (copy / "zarr.json", r"\(no zarr.json\)"),
         (plain, r"\(no 'satdifuser' attributes in its zarr.json\); if it was one, copy it anew"),
     ]:
         with pytest.raises(StoreError, match=f"not a feature store {text}"):
             open_store(path)
+    with pytest.raises(StoreError, match=r"zarr\.json: is a file and no feature store; expected the folder"):
+        open_store(copy / "zarr.json")
     edit_attributes(copy, tiles=-1)
     with pytest.raises(StoreError, match="its attributes are damaged: tiles: Input should be greater than 0"):
         open_store(copy)
