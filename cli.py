@@ -84,7 +84,8 @@ class _Commands(click.Group):
             except KeyboardInterrupt as error:
                 raise _Failure(INTERRUPTED, 130) from error
             except Exception as error:
-                if noted:  # a library that was being imported has made an error of its own of it
+                # a library that was being imported may have made an error of its own of it
+                if noted and not isinstance(error, click.ClickException):
                     raise _Failure(INTERRUPTED, 130) from error
                 if isinstance(error, SatDiFuserError):
                     raise _Failure(str(error), error.exit_code) from error

@@ -62,10 +62,12 @@ def fit_all(store: FeatureStore, pipeline: Pipeline, folder: Path, overwrite: bo
     from satdifuser.fuse.grid import expand
     from satdifuser.fuse.leaderboard import BOARD_FILE
     from satdifuser.fuse.processes import is_first
+    from satdifuser.fuse.run_folder import RUN_FILE
 
     check_task(store, pipeline.fit)
     candidates, runs = expand(pipeline.fit, store), []
-    check_candidates(store, candidates)
+    left = [one for one in candidates if overwrite or not (folder / one.name / RUN_FILE).is_file()]
+    check_candidates(store, left)
     if pipeline.evaluate.baselines and is_first():
         runs += fit_baselines(store, pipeline.evaluate, folder, overwrite, pipeline.fit.partition)
     board = folder / BOARD_FILE

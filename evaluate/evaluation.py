@@ -236,7 +236,8 @@ class StoreNetwork:
         """What becomes of some tiles; masks are kept at the positions `kept`."""
         outcome = new_outcome(self.store, kept)
         device = next(self.network.parameters()).device
-        loader = MapLoader(self.store, rows, self.settings, device, self.inputs)
+        once = self.settings.model_copy(update={"device_memory_gb": 0.0})  # nothing is read again
+        loader = MapLoader(self.store, rows, once, device, self.inputs)
         for probabilities, targets in predict(self.network, loader, self.settings, self.statistics):
             outcome.add(probabilities, targets)
         return outcome

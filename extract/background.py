@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import Event
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,7 +19,8 @@ Result = TypeVar("Result")
 class Background:
     """Some threads, for the length of a `with` block; leaving the block waits for the tasks handed to them.
 
-    ``stopped`` is set once the block is left by an error.
+    ``stopped`` is set once the block is left by an error. ``after`` may name another one, whose tasks count
+    as handed over before those of this one.
 
     Args:
         name: Of the threads.
@@ -32,6 +33,7 @@ class Background:
         self, name: str, waiting: int = 0, threads: int = 1, begin: Callable[[], None] | None = None
     ) -> None:
         self.stopped = Event()
+        self.after: Background | None = None
         self._pool = ThreadPoolExecutor(threads, name, begin)
         self._most = threads + waiting
         self._handed: deque[Future[Any]] = deque()
@@ -43,6 +45,7 @@ class Background:
         Raises:
             BaseException: whatever a task before raised; this one is not begun.
         """
+        self._settle_before()
         while len(self._handed) >= self._most:
             self._handed[0].result()
             self._handed.popleft()
@@ -66,8 +69,19 @@ class Background:
             if future.done():
                 future.result()
 
+    def settle(self) -> None:
+        """Wait for the tasks that were handed over, and those before them, whatever becomes of them."""
+        self._settle_before()
+        wait(self._handed)
+
+    def _settle_before(self) -> None:
+        if before := self.after:
+            before.settle()
+            self.after = None
+
     def wait(self) -> None:
         """Wait for the last tasks, and raise what they raised."""
+        self._settle_before()
         for future in self._handed:
             future.result()
 

@@ -12,9 +12,9 @@ import torch
 
 from satdifuser.errors import DeviceError
 from satdifuser.extract.compute import Work, launch_images, memory_message
-from satdifuser.extract.device import is_out_of_memory
 from satdifuser.extract.images import Prepared
 from satdifuser.extract.read_tile import ReadTile
+from satdifuser.store.device import is_out_of_memory
 from satdifuser.store.writer import TileRow
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from satdifuser.errors import BackboneError, DeviceError
 from satdifuser.extract.layers import as_map, tapped
 from satdifuser.extract.unet import Conditions
+from satdifuser.store.device import is_out_of_memory
 from satdifuser.store.schema import LayerInfo
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}  # of a layer's largest value
@@ -105,19 +106,16 @@ class CompiledTaps:
             DeviceError: the device has no memory for both.
         """
         try:
-            found = self.features_only(x, t, conditions)
+            found = self._run_compiled(x, t, conditions)
             with tapped(self._unet, self._layers) as plain:
                 expected = plain.features_only(x, t, conditions)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise DeviceError(
                 "extract.compile: no memory to compare the compiled U-Net with itself as it is, in a batch "
                 f"of {len(x)} ({str(error).split('. ')[0]}); set a smaller extract.batch_size, or "
                 "extract.compile: false"
-            ) from error
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-            raise BackboneError(
-                f"extract.compile: the U-Net cannot be compiled here: {error}; install a C++ compiler (for "
-                "the CPU) or Triton (for a GPU), or set extract.compile: false"
             ) from error
         for layer, ours, theirs in zip(self._layers, found, expected, strict=True):
             difference = float((ours - theirs).abs().max() / theirs.abs().max())
@@ -127,3 +125,14 @@ class CompiledTaps:
                     f"of its largest value, expected at most {TOLERANCES[x.dtype]:g}; set extract.compile: "
                     "false"
                 )
+
+    def _run_compiled(self, x: Tensor, t: Tensor, conditions: Conditions) -> list[Tensor]:
+        try:
+            return self.features_only(x, t, conditions)
+        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            raise BackboneError(
+                f"extract.compile: the U-Net cannot be compiled here: {error}; install a C++ compiler (for "
+                "the CPU) or Triton (for a GPU), or set extract.compile: false"
+            ) from error

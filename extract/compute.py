@@ -27,14 +27,14 @@ from tqdm import tqdm
 
 from satdifuser.errors import DeviceError, FeatureError
 from satdifuser.extract.background import Background
-from satdifuser.extract.device import Fetcher, Stopwatch, is_out_of_memory, set_threads, stack_for
+from satdifuser.extract.device import Fetcher, Stopwatch, set_threads, stack_for
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.images import Floats
 from satdifuser.extract.job import Job
 from satdifuser.extract.lanes import Lanes
 from satdifuser.extract.read_tile import ReadTile
 from satdifuser.extract.value_range import ValueRange
-from satdifuser.store.device import device_name
+from satdifuser.store.device import device_name, is_out_of_memory
 from satdifuser.store.encoding import FORMS, encode
 from satdifuser.store.schema import LayerInfo, group_layers
 from satdifuser.store.writer import Encoded, StoreWriter, TileRow

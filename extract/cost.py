@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from threading import Lock
 from typing import Any, NamedTuple
 
 from satdifuser.extract.compute import Work
@@ -30,7 +31,7 @@ class ShardCost:
         self._device_name = device_name(device)
         self._meter = EnergyMeter(gpu_uuid(device)) if metered else None
         self._tells_energy = self._meter is not None and self._meter.joules() is not None
-        self._last = self.read()
+        self._last, self._lock = self.read(), Lock()
 
     def read(self) -> Reading:
         """What clock and counter show now."""
@@ -42,7 +43,9 @@ class ShardCost:
         Args:
             begun: When work on the shard began, if nothing was done between the last note and that.
         """
-        now, last = self.read(), self._last
+        with self._lock:
+            now, last = self.read(), self._last
+            self._last = now
         since = last if begun is None else Reading(*map(max, begun, last))
         note: dict[str, Any] = {
             "seconds": round(now.seconds - since.seconds, 3),
@@ -51,5 +54,4 @@ class ShardCost:
         }
         if self._tells_energy:
             note["joules"] = round(now.joules - since.joules, 3)
-        self._last = now
         return note

@@ -17,7 +17,6 @@ from torch import Tensor
 
 Arrays = dict[str, NDArray[np.generic]]
 ALIGNMENT = 256  # bytes
-NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "unable to find an engine to execute")
 CONTEXT_BYTES = 600e6  # at most, that a process takes of a GPU's memory beside its tensors
 
 
@@ -107,11 +106,6 @@ def room_for(tensors: Mapping[str, Tensor], page_locked: bool) -> dict[str, Tens
         name: part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         for (name, tensor), part in zip(tensors.items(), whole.split(sizes), strict=True)
     }
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU had no memory: cuBLAS and cuDNN say so in words of their own."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 class Stopwatch:

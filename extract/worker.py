@@ -58,7 +58,7 @@ class Order:
     reader_processes: int = 0  # of each worker
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loaded:
     """What a worker keeps from shard to shard."""
 
@@ -66,6 +66,7 @@ class Loaded:
     cost: ShardCost
     source: Source
     readers: Readers | None
+    last: Background | None = None  # of the shard before
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def extract_shard(order: Order, shard: int, records: list[TileRecord]) -> Report
         ahead = read_ahead(order.job, loaded.source, order.image_size, records, loaded.readers)
         with closing(ahead) as tiles:
             begun = chain(list(islice(tiles, 1)), tiles)  # reading begins while another shard is computed
-            with _turn_of(work) as background:
+            with _turn_of(loaded, work) as background:
                 began = loaded.cost.read()
                 computed = compute_shard(work, begun, len(records), values, background, background.check)
         note = loaded.cost.note(began)
@@ -175,11 +176,13 @@ def extract_shard(order: Order, shard: int, records: list[TileRecord]) -> Report
 
 
 @contextmanager
-def _turn_of(work: Work) -> Iterator[Background]:
+def _turn_of(loaded: Loaded, work: Work) -> Iterator[Background]:
     """This shard's turn to compute; without lanes, the next one's begins before the last batch is fetched."""
     if work.lanes is None:
         with background_of(work) as background, _computing:
             fix_arithmetic(int(work.job.settings.threads))  # of this thread
+            # no third batch is launched while two are under way: a batch is chosen for two
+            background.after, loaded.last = loaded.last, background
             yield background
     else:
         with _computing:

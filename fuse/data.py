@@ -119,12 +119,21 @@ class MapLoader:
             chosen = torch.from_numpy(part).to(self.device)
             yield {g: {name: array[chosen] for name, array in held.items()} for g, held in self._held.items()}
 
+    def _read(self, chosen: Indices) -> Stored:
+        """The stored arrays of some positions in the CPU's memory."""
+        if self._held is None:
+            return self._reader.read(chosen)
+        rows = torch.from_numpy(chosen).to(self.device)
+        return {
+            g: {name: a[rows].cpu().numpy() for name, a in held.items()} for g, held in self._held.items()
+        }
+
     def statistics(self) -> Statistics:
         """Mean and spread of every timestep, layer and channel over evenly spaced tiles."""
         chosen = np.linspace(0, len(self.rows) - 1, min(len(self.rows), STATISTICS_TILES)).astype(np.intp)
         totals: dict[str, list[NDArray[np.float64]]] = {}
         for part in np.array_split(chosen, -(-len(chosen) // 16)):
-            for group, maps in self.store.decode(self._reader.read(part)).items():
+            for group, maps in self.store.decode(self._read(part)).items():
                 wide = maps.astype(np.float64)
                 sums = [wide.sum(axis=(0, -2, -1)), np.square(wide).sum(axis=(0, -2, -1))]
                 totals[group] = [a + b for a, b in zip(totals.get(group, (0.0, 0.0)), sums, strict=True)]

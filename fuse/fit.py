@@ -13,7 +13,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from satdifuser.errors import DeviceError, RunError, SettingsError
@@ -35,7 +34,7 @@ from satdifuser.fuse.run_folder import (
 )
 from satdifuser.fuse.settings import WHEREABOUTS, FitSettings, FusionName, TrainingSettings
 from satdifuser.fuse.train import NewScorer, Training, check_precision, run_epoch
-from satdifuser.store.device import choose_device, device_name
+from satdifuser.store.device import choose_device, device_name, is_out_of_memory
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import differing_fields
 
@@ -96,12 +95,13 @@ def fit_candidates(
     Raises:
         DeviceError: the device has no memory for a step; finished epochs are kept.
     """
-    check_candidates(store, candidates)
+    check_task(store, candidates[0].settings)
     done: dict[str, Run] = {}
     for one in candidates:
         found = None if overwrite else _finished(folder / one.name, run_identity(store, one))
         done |= {one.name: found} if found else {}
     left = [one for one in candidates if one.name not in done]
+    check_candidates(store, left)
     earlier = finished_before(folder, store, candidates) if board else []
     shown = [*candidates, *(one for one, _ in earlier)]
     done |= {one.name: run for one, run in earlier}
@@ -112,11 +112,10 @@ def fit_candidates(
         for trainings in _rounds(store, left, folder, overwrite):
             bar.update(sum(training.epoch for training in trainings))
             for advanced in _train(store, trainings, folder, new_scorer):
-                rows = standings(shown, done, trainings)
-                bar.set_postfix_str(describe_first(rows))
+                bar.set_postfix_str(describe_first(standings(candidates, done, trainings)))
                 bar.update(advanced)
                 if board and is_first():
-                    write_board(board, rows)
+                    write_board(board, standings(shown, done, trainings))
             done |= {one.candidate.name: _finish(folder, one) for one in trainings}
     if board and is_first():
         write_board(board, standings(shown, done, []))
@@ -127,14 +126,16 @@ def fit_candidates(
 def _telling_what_takes_less_memory(settings: TrainingSettings) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         device = device_name(choose_device(settings.device, "fit.device"))
         raise DeviceError(
             f"fit: {device} has no memory for a step with batches of {settings.batch_size} tiles "
-            f"({str(error).split('. ')[0]}); finished epochs are kept, and the same command goes on with "
-            "them if given fit.device_memory_gb=0 (features stay off the GPU) or fit.networks_gb=0 (one "
-            "network at a time); what takes less besides, as new runs: a smaller fit.batch_size or "
-            "fit.projection, fit.precision=bfloat16, fewer fit.layers or fit.timesteps"
+            f"({str(error).split('. ')[0]}); finished epochs are kept, and the same command (without "
+            "--overwrite) goes on with them if given fit.device_memory_gb=0 (features stay off the GPU) or "
+            "fit.networks_gb=0 (one network at a time); what takes less besides, as new runs: a smaller "
+            "fit.batch_size or fit.projection, fit.precision=bfloat16, fewer fit.layers or fit.timesteps"
         ) from error
 
 
@@ -235,19 +236,22 @@ def check_task(store: FeatureStore, settings: TrainingSettings) -> None:
 
 
 def check_candidates(store: FeatureStore, candidates: Sequence[Candidate]) -> None:
-    """Refuse, before any work is done, candidates that do not fit the store or this machine.
+    """Refuse, before any work is done, candidates that do not fit the store's targets or this machine.
+
+    Args:
+        store: With targets.
+        candidates: They share their `TrainingSettings`.
 
     Raises:
-        SettingsError: targets, head, device, dtype or log are not to be had.
+        SettingsError: head, device, dtype or log are not to be had.
     """
-    check_task(store, candidates[0].settings)
-    check_log(candidates[0].settings.log)
     task = store.attributes.task
     assert task
-    for settings in (one.settings for one in candidates):
-        choose_head(task, settings)
-        device = choose_device(settings.device, "fit.device")
-        check_precision(device, settings)
+    for one in candidates:
+        choose_head(task, one.settings)
+    for common in (one.settings for one in candidates[:1]):
+        check_log(common.log)
+        check_precision(choose_device(common.device, "fit.device"), common)
 
 
 def run_identity(store: FeatureStore, candidate: Candidate) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,26 +49,28 @@ def standings(
 def finished_before(
     folder: Path, store: FeatureStore, candidates: Sequence[Candidate]
 ) -> list[tuple[Candidate, Run]]:
-    """Networks in a folder that were fitted to the same store by earlier commands.
+    """Networks in a folder that were fitted to the same store and partition by earlier commands.
+
+    What cannot be read, or is of a newer software, is left out: it is no matter of this sweep.
 
     Args:
         folder: Holds the runs' folders.
         store: The store.
         candidates: Those of this command, which are left out.
     """
-    names, hashes = {one.name for one in candidates}, store.hashes().model_dump()
+    names, wanted = {one.name for one in candidates}, store.hashes().model_dump()
+    partition = store.choose_partition(candidates[0].settings.partition)
     found = []
     for file in sorted(folder.glob(f"*/{RUN_FILE}")):
         if file.parent.name in names:
             continue
-        try:
+        with suppress(RunError, LookupError, TypeError, ValueError):
             run = open_run(file.parent)
-        except RunError:  # damaged, which is no matter of this sweep
-            continue
-        if run.info["kind"] == "fusion" and run.info["store"]["hashes"] == hashes and run.info.get("history"):
-            found.append(
-                (Candidate(file.parent.name, run.info["fusion"], run.info["seed"], settings_of(run)), run)
-            )
+            info = run.info
+            if info["kind"] == "fusion" and info["store"]["hashes"] == wanted and run.partition == partition:
+                candidate = Candidate(file.parent.name, info["fusion"], info["seed"], settings_of(run))
+                standing(candidate, info, True, MAIN_METRIC[info["task"]])
+                found.append((candidate, run))
     return found
 
 

@@ -12,6 +12,13 @@ from satdifuser.errors import SettingsError
 if TYPE_CHECKING:
     import torch
 
+NO_MEMORY = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute",
+)
+
 
 def choose_device(device: str, setting: str) -> torch.device:
     """Choose the device: ``auto`` is a GPU where there is one.
@@ -57,6 +64,13 @@ def check_dtype(device: torch.device, dtype: torch.dtype, setting: str, instead:
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
     if not supported:
         raise SettingsError(f"{setting}: bfloat16, but {device_name(device)} does not compute it; {instead}")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU had no memory: its driver, cuBLAS and cuDNN say so in words of their own."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 def device_name(device: torch.device) -> str:

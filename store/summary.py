@@ -13,7 +13,7 @@ NOT_YET = "none: shards are missing"
 def describe_store(store: FeatureStore) -> dict[str, Any]:
     """Everything `satdifuser store info` tells, as plain JSON values.
 
-    ``content_digest`` is null while shards are missing.
+    ``content_digest`` and the hash of labels are null while shards are missing.
     """
     a = store.attributes
     tiles = store.tiles
@@ -43,7 +43,7 @@ def describe_store(store: FeatureStore) -> dict[str, Any]:
         "bytes": store.size_bytes(),
         "cost": total_cost(store.commits),
         "backbone": a.backbone,
-        "hashes": store.hashes().model_dump(),
+        "hashes": store.hashes().model_dump() | ({"labels": None} if store.missing_shards() else {}),
         "content_digest": store.content_digest(),
         "feature_identity": a.feature_identity,
         "settings": a.settings,
@@ -59,8 +59,7 @@ def format_store(store: FeatureStore) -> str:
         for layer in store.attributes.layers
     ]
     lines += ["", f"created    {facts['created']} by satdifuser {facts['software'].get('satdifuser')}"]
-    hashes = facts["hashes"] | ({} if facts["complete"] else {"labels": NOT_YET})
-    lines += [f"{name:10} {value}" for name, value in hashes.items()]
+    lines += [f"{name:10} {value or NOT_YET}" for name, value in facts["hashes"].items()]
     if len(store.partitions()) > 1:
         lines += [
             f"partition  {name}{' (in use)' * (name == facts['partition'])}: {store.splits_text(name)}"

@@ -58,6 +58,26 @@ def test_tasks_run_one_by_one_in_their_order() -> None:
     assert [future.result() for future in futures] == [number * number for number in seen]
 
 
+def test_tasks_of_another_one_count_as_those_before() -> None:
+    """Through one without tasks, too, and whatever becomes of them."""
+    release, ended = threading.Event(), list[str]()
+
+    def slow() -> None:
+        assert release.wait(60)
+        ended.append("slow")
+        raise ValueError
+
+    with pytest.raises(ValueError), Background("a") as first:  # noqa: PT011, PT012
+        first.hand(slow)
+        with Background("b") as second, Background("c") as third:
+            second.after, third.after = first, second
+            threading.Timer(0.2, release.set).start()
+            third.hand(lambda: ended.append("quick"))
+            assert ended[0] == "slow"
+            assert third.after is None
+    assert ended == ["slow", "quick"]
+
+
 def test_at_most_one_task_is_under_way() -> None:
     release, begun = threading.Event(), threading.Event()
 

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import satdifuser.cli as cli_module
+import satdifuser.extract.run as run_module
 from satdifuser.fuse.train import NewScorer, Training, run_epoch
 from satdifuser.store.reader import open_store
 from satdifuser.store.writer import StoreWriter
@@ -337,6 +338,18 @@ def test_interrupted_extraction_exits_130_and_goes_on(
     assert digest(tmp_path / "s.zarr") == digest(store)
 
 
+def test_an_interruption_says_what_is_kept(
+    config: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(run_module, "extract", interrupted)
+    result = call("extract", "-c", config, "-o", store)
+    assert result.exit_code == 130
+    assert result.stderr.endswith("where this one stopped; 5 of 5 shards are kept\n")
+
+
 def test_truncated_image_fails_or_is_skipped(config: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for name in ("forest", "water"):
@@ -520,3 +533,14 @@ def test_tiles_need_no_diffusers(tmp_path: Path) -> None:
     words = [["tiles", "--set", "source.kind=synthetic", "--set", "source.tiles=20"]]
     command = [sys.executable, "-c", WITHOUT_DIFFUSERS, json.dumps(words)]
     subprocess.run(command, check=True, env=ENVIRONMENT, cwd=tmp_path, capture_output=True)
+
+
+def test_without_dask_several_workers_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    labelled_store(tmp_path / "s.zarr", "classification")
+    message = "several workers need Dask: install it with `pip install 'satdifuser[dask]'`"
+    assert message in refuse("probe", tmp_path / "s.zarr", "--workers", 2, "-o", tmp_path / "probe")
+    assert message in refuse("extract", "--workers", 2, "-o", tmp_path / "new.zarr")
+    assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]

@@ -28,14 +28,14 @@ from satdifuser.extract.batch_size import equal_parts, largest_fitting
 from satdifuser.extract.compiled import CompiledTaps
 from satdifuser.extract.compute import mend
 from satdifuser.extract.cost import Reading, ShardCost
-from satdifuser.extract.device import is_out_of_memory, room_for
+from satdifuser.extract.device import room_for
 from satdifuser.extract.features import FeatureExtractor
 from satdifuser.extract.job import Job
 from satdifuser.extract.layers import layer_table, select_layers, tapped
 from satdifuser.extract.run import extract
 from satdifuser.extract.settings import BackboneSettings, ExtractSettings, SyntheticSettings
 from satdifuser.extract.unet import Conditions
-from satdifuser.store.device import check_dtype, device_name
+from satdifuser.store.device import check_dtype, device_name, is_out_of_memory
 from satdifuser.store.energy import EnergyMeter, cost_text, cpu_counters, total_cost
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.settings import StoreSettings
@@ -146,6 +146,7 @@ def test_a_batch_that_does_not_fit_is_split_and_no_tile_is_lost(
     [
         (torch.OutOfMemoryError("CUDA out of memory."), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("GET was unable to find an engine to execute this computation"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -260,24 +261,29 @@ def test_a_worker_without_lanes_begins_a_shard_while_the_last_batch_of_another_i
 ) -> None:
     """So that a GPU is not idle between them."""
     launch, launched, begun, waited = compute.launch_images, [], threading.Event(), []
+    under_way, most = [0], [0]
 
-    def wait(finish: Callable[[], Any]) -> Any:
-        waited.append(begun.wait(60))
-        return finish()
+    def end(finish: Callable[[], Any], number: int) -> Any:
+        if number == 3:  # batches of 2 in shards of 5: the last one of its shard
+            waited.append(begun.wait(60))
+            time.sleep(0.5)  # in which a second batch of the next shard could begin
+        found = finish()
+        under_way[0] -= 1
+        return found
 
     def count(*rest: Any) -> Any:
         launched.append(rest)
-        finish = launch(*rest)
-        if len(launched) == 3:  # batches of 2 in shards of 5
-            return partial(wait, finish)
+        under_way[0] += 1
+        most[0] = max(most[0], under_way[0])
         if len(launched) == 4:
             begun.set()
-        return finish
+        return partial(end, launch(*rest), len(launched))
 
     monkeypatch.setattr(compute, "launch_images", count)
     as_a_worker(job(1), tmp_path / "several.zarr")
     monkeypatch.undo()
     assert waited == [True]
+    assert most == [2]  # for which a batch is chosen
     expected = extract(job(1), tmp_path / "one.zarr")
     store = open_store(tmp_path / "several.zarr")
     assert store.content_digest() == expected.content_digest()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -299,8 +301,25 @@ def test_the_leaderboard_keeps_what_earlier_commands_fitted_to_the_same_store(
     assert fit_some(store, fusion=["moe"], lr=[0.01]) == [*first, "moe-seed0 0.01"]
     other = random_store(tmp_path / "other.zarr", LAYERS, 12)
     (tmp_path / "global-lr0.02-seed0/run.json").write_text("{")
+    for number, spoilt in enumerate(
+        ({"fit": {"newer": 1}}, {"kind": None}, {"best_epoch": 9}, {"history": [1]})
+    ):
+        copied = shutil.copytree(tmp_path / "global-lr0.01-seed0", tmp_path / f"spoilt{number}")
+        info = json.loads((copied / "run.json").read_text()) | spoilt
+        (copied / "run.json").write_text(json.dumps(info))
     assert fit_some(other, fusion=["single"], timesteps=[21], layers=["*.attn1"])[0].startswith("single-")
     assert fit_some(store, fusion=["moe"], lr=[0.01]) == [first[0], "moe-seed0 0.01"]
+
+
+def test_a_finished_sweep_needs_no_device(store: FeatureStore, tmp_path: Path) -> None:
+    candidates = expand(SweepSettings(fusion=["global"], **QUICK), store)
+    runs = fit_candidates(store, candidates, tmp_path, new_outcome)
+    elsewhere = expand(SweepSettings(fusion=["global"], **QUICK | {"device": "gone:0"}), store)
+    assert [run.info for run in fit_candidates(store, elsewhere, tmp_path, new_outcome)] == [
+        run.info for run in runs
+    ]
+    with pytest.raises(SettingsError, match=r"fit\.device: 'gone:0' is not available here"):
+        fit_candidates(store, elsewhere, tmp_path / "new", new_outcome)
 
 
 def test_a_run_of_few_layers_is_measured_on_a_store_that_holds_more(
