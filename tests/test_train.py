@@ -96,6 +96,9 @@ def test_batches_are_the_same_from_disk_from_memory_and_on_the_device(
     settings = [FitSettings(**budget) for budget in budgets]
     loaders = [MapLoader(store, rows, each, torch.device("cpu")) for each in settings]
     statistics = loaders[0].statistics()
+    for loader in loaders[1:]:
+        for ours, theirs in zip(loader.statistics().values(), statistics.values(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
     expected = store.maps(rows)
     for batches in zip(*(loader.batches(order, 3, statistics) for loader in loaders), strict=True):
         for maps, _, chosen in batches:
