@@ -22,6 +22,7 @@ from satdifuser.options import (
     as_overrides,
     few_labels_options,
     override_option,
+    page_option,
     pipeline_options,
     space_option,
     spread_options,
@@ -93,7 +94,7 @@ class _Commands(click.Group):
                     raise _Failure(f"{error}; change its permissions, or name another path", 1) from error
                 if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
                     raise _Failure(str(error), 1) from error
-                raise  # click ends quietly when the reader of a pipe has gone
+                raise  # a mistake of ours; or the reader of a pipe has gone, where click ends quietly
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -550,14 +551,7 @@ def predict(
 
 @cli.command()
 @click.argument("folders", metavar="RUN|PROBE…", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("report.html"),
-    show_default=True,
-    help="The page; replaced if it is there.",
-)
+@page_option("report.html")
 @click.option("--split", type=click.Choice(["test", "val"]), default="test", show_default=True)
 @click.option(
     "--store", "stores", multiple=True, type=StorePlace(), help="Where a moved store is; repeatable."
@@ -583,14 +577,7 @@ def report(
 
 @cli.command()
 @click.argument("places", metavar="STORE|MAP|SCENE…", nargs=-1, required=True, type=StorePlace())
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("view.html"),
-    show_default=True,
-    help="The page; replaced if it is there.",
-)
+@page_option("view.html")
 @click.option(
     "--run", "run_folder", type=click.Path(path_type=Path), help="Also what this run predicts of stores."
 )

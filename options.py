@@ -30,6 +30,18 @@ def pipeline_options(command: Command) -> Command:
     return config(override_option(command))
 
 
+def page_option(name: str) -> Callable[[Command], Command]:
+    """Say where an HTML page goes."""
+    return click.option(
+        "-o",
+        "--out",
+        type=click.Path(path_type=Path),
+        default=Path(name),
+        show_default=True,
+        help="The page; replaced if it is there.",
+    )
+
+
 def few_labels_options(command: Command) -> Command:
     """Add --labels, --shots and --draws."""
     labels = click.option(
