@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +338,15 @@ def test_interrupted_extraction_exits_130_and_goes_on(
     assert digest(tmp_path / "s.zarr") == digest(store)
 
 
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    """It does not where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_an_interruption_says_what_is_kept(
     config: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -503,6 +512,7 @@ def test_after_extraction_diffusers_is_not_needed(config: Path, store: Path, tmp
     assert (tmp_path / "page.html").is_file()
 
 
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_an_interruption_that_a_library_turns_into_an_error_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """As libraries may that are imported just then."""
 
