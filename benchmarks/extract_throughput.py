@@ -83,6 +83,7 @@ def main() -> None:
         "--reader-processes", choices=["auto", "true", "false"], default="auto", help="one for each of them"
     )
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--autoencoder", action="store_true", help="count it in the bare loop, too")
     parser.add_argument("--mixed", action="store_true", help="train in bfloat16 in (b), on both sides")
     parser.add_argument("--parts", default="abc", help="which of a, b, c, d and e")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="numbers of them for (e)")
@@ -189,7 +190,7 @@ class Bench:
 
     @torch.no_grad()
     def bare_loop(self) -> None:
-        """The same U-Net calls on the same batches, whole, and nothing else."""
+        """The same U-Net calls on the same batches, whole, and nothing else, unless --autoencoder."""
         backbone, extractor = self.work.extractor.backbone, self.work.extractor
         grid = extractor._grid()
         for start in range(0, self.tiles, self.work.batch_size):
@@ -200,6 +201,9 @@ class Bench:
             x = torch.randn(rows, *shape, device=self.device, dtype=backbone.dtype)
             time = torch.full((rows,), 21.0, device=self.device)
             prompt = backbone.conditions(rows).prompt
+            if self.args.autoencoder:
+                images = torch.rand(tiles, 3, *self.plan.image_size, device=self.device)
+                backbone.vae.encode((2 * images - 1).to(backbone.dtype))
             for _ in grid or [0]:
                 backbone.unet(x, time, prompt)
 
@@ -214,8 +218,8 @@ class Bench:
             else:
                 self.gpu.forget()
         print(
-            f"(a) extraction runs at {statistics.median(ratios):.3f} of a bare loop of its U-Net calls "
-            f"(median; {min(ratios):.3f} to {max(ratios):.3f}), {statistics.median(rates):.2f} tiles/s; "
+            f"(a) extraction runs at {statistics.median(ratios):.3f} of a bare loop of its U-Net calls"
+            f"{' and the autoencoder' * self.args.autoencoder} (median; {min(ratios):.3f} to {max(ratios):.3f}), {statistics.median(rates):.2f} tiles/s; "
             f"creating the store took {self.creation:.2f} s"
         )
         if self.device.type == "cuda":

@@ -74,7 +74,7 @@ def decode_formula(encoding: Encoding) -> str:
 
 
 def encode(maps: Any, encoding: Encoding, pool: int = 1) -> dict[str, Any]:
-    """Encode feature maps and pool them; the same bits whether the maps are a numpy array or a torch tensor.
+    """Encode feature maps and pool them; on a CPU the same bits from a numpy array and from a torch tensor.
 
     Args:
         maps: (..., C, H, W) float32, finite and of at most the form's `largest` magnitude.
