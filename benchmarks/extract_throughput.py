@@ -220,7 +220,8 @@ class Bench:
         print(
             f"(a) extraction runs at {statistics.median(ratios):.3f} of a bare loop of its U-Net calls"
             f"{' and the autoencoder' * self.args.autoencoder} (median; {min(ratios):.3f} to "
-            f"{max(ratios):.3f}), {statistics.median(rates):.2f} tiles/s; creating the store took {self.creation:.2f} s"
+            f"{max(ratios):.3f}), {statistics.median(rates):.2f} tiles/s; "
+            f"creating the store took {self.creation:.2f} s"
         )
         if self.device.type == "cuda":
             print(f"    the GPU while extracting: {self.gpu.describe()}")
