@@ -404,12 +404,13 @@ def interchange(folders: tuple[Path, ...], out: Path | None, overwrite: bool) ->
     from satdifuser.evaluate.interchange import interchange_rows
     from satdifuser.store.files import write_durably
 
+    if out is not None:
+        check_absent(out, overwrite)
+        check_output(out.parent, "-o")
     text = interchange_rows(folders).to_csv(index=False)
     if out is None:
         click.echo(text, nl=False)
         return
-    check_absent(out, overwrite)
-    check_output(out.parent, "-o")
     write_durably(out, text.encode())
     click.echo(out)
 

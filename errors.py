@@ -145,7 +145,7 @@ def _rule(item: Any, known: Callable[[], set[str]]) -> str:
         return "expected a list in brackets, such as [1, 2, 3]"
     if item["type"] in ("too_short", "too_long") and isinstance(item["input"], list):
         bound = item["ctx"].get("min_length", item["ctx"].get("max_length"))
-        most = "at least" if item["type"] == "too_short" else "at most"
-        return f"expected {most} {bound} item{'s' * (bound != 1)}"
+        side = "at least" if item["type"] == "too_short" else "at most"
+        return f"expected {side} {bound} item{'s' * (bound != 1)}"
     message: str = item["msg"]
     return message.removeprefix("Value error, ").replace("Input should be", "expected")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from satdifuser.errors import BackboneError, DeviceError
 from satdifuser.extract.layers import as_map, tapped
 from satdifuser.extract.unet import Conditions
-from satdifuser.store.device import is_out_of_memory
+from satdifuser.store.device import first_sentence, is_out_of_memory
 from satdifuser.store.schema import LayerInfo
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}  # of a layer's largest value
@@ -114,7 +114,7 @@ class CompiledTaps:
                 raise
             raise DeviceError(
                 "extract.compile: no memory to compare the compiled U-Net with itself as it is, in a batch "
-                f"of {len(x)} ({str(error).split('. ')[0]}); set a smaller extract.batch_size, or "
+                f"of {len(x)} ({first_sentence(error)}); set a smaller extract.batch_size, or "
                 "extract.compile: false"
             ) from error
         for layer, ours, theirs in zip(self._layers, found, expected, strict=True):
@@ -129,8 +129,8 @@ class CompiledTaps:
     def _run_compiled(self, x: Tensor, t: Tensor, conditions: Conditions) -> list[Tensor]:
         try:
             return self.features_only(x, t, conditions)
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        except RuntimeError as error:  # those of the compiler, too
+            if is_out_of_memory(error):
                 raise
             raise BackboneError(
                 f"extract.compile: the U-Net cannot be compiled here: {error}; install a C++ compiler (for "

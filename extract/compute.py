@@ -34,7 +34,7 @@ from satdifuser.extract.job import Job
 from satdifuser.extract.lanes import Lanes
 from satdifuser.extract.read_tile import ReadTile
 from satdifuser.extract.value_range import ValueRange
-from satdifuser.store.device import device_name, is_out_of_memory
+from satdifuser.store.device import device_name, first_sentence, is_out_of_memory
 from satdifuser.store.encoding import FORMS, encode
 from satdifuser.store.schema import LayerInfo, group_layers
 from satdifuser.store.writer import Encoded, StoreWriter, TileRow
@@ -187,7 +187,7 @@ def compute_batch(
     except RuntimeError as error:  # which holds the batch's memory as long as it is held
         if not is_out_of_memory(error):
             raise
-        reason = str(error).split(". ")[0]
+        reason = first_sentence(error)
     else:
         shard.batches.append(background.hand(task))
         return

@@ -34,7 +34,7 @@ from satdifuser.fuse.run_folder import (
 )
 from satdifuser.fuse.settings import WHEREABOUTS, FitSettings, FusionName, TrainingSettings
 from satdifuser.fuse.train import NewScorer, Training, check_precision, run_epoch
-from satdifuser.store.device import choose_device, device_name, is_out_of_memory
+from satdifuser.store.device import choose_device, device_name, first_sentence, is_out_of_memory
 from satdifuser.store.reader import FeatureStore
 from satdifuser.store.schema import differing_fields
 
@@ -102,7 +102,7 @@ def fit_candidates(
         done |= {one.name: found} if found else {}
     left = [one for one in candidates if one.name not in done]
     check_candidates(store, left)
-    earlier = finished_before(folder, store, candidates) if board else []
+    earlier = finished_before(folder, store, candidates) if board and is_first() else []
     shown = [*candidates, *(one for one, _ in earlier)]
     done |= {one.name: run for one, run in earlier}
     with (
@@ -132,7 +132,7 @@ def _telling_what_takes_less_memory(settings: TrainingSettings) -> Iterator[None
         device = device_name(choose_device(settings.device, "fit.device"))
         raise DeviceError(
             f"fit: {device} has no memory for a step with batches of {settings.batch_size} tiles "
-            f"({str(error).split('. ')[0]}); finished epochs are kept, and the same command (without "
+            f"({first_sentence(error)}); finished epochs are kept, and the same command (without "
             "--overwrite) goes on with them if given fit.device_memory_gb=0 (features stay off the GPU) or "
             "fit.networks_gb=0 (one network at a time); what takes less besides, as new runs: a smaller "
             "fit.batch_size or fit.projection, fit.precision=bfloat16, fewer fit.layers or fit.timesteps"

@@ -73,6 +73,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
+def first_sentence(error: RuntimeError) -> str:
+    """What torch says first; advice on its allocator may follow."""
+    return str(error).split(". ")[0]
+
+
 def device_name(device: torch.device) -> str:
     """The model of the GPU or of the CPU."""
     if device.type == "cuda":
